@@ -1,0 +1,350 @@
+"""The canonical representation of a checkpoint: names, states, regions, and the catalogue of them.
+
+Pure data. Nothing here opens a file, and nothing here knows a checkpoint format.
+
+A *tensor* is identified by a name and a state. Dense tensors keep their fully qualified name.
+Routed experts are indexed: layer, global expert id, projection (gate, up or down) and part. The
+expert id is the first index of one stacked tensor per (layer, projection, part), so a model with 58
+layers of 256 experts is 174 catalogue entries per state and not 44,544, and one expert is one slice
+of a stack. Shapes, always in ``nn.Linear`` orientation ([out, in]):
+
+    gate [E, I, H]    up [E, I, H]    down [E, H, I]
+
+with E experts, I the intermediate size of one expert, H the hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any, NamedTuple
+
+from ckpt_tool.errors import CoverageError
+
+
+class DType(Enum):
+    """An element type; the value is ``(torch's name, bytes per element)``."""
+
+    float64 = ("float64", 8)
+    float32 = ("float32", 4)
+    float16 = ("float16", 2)
+    bfloat16 = ("bfloat16", 2)
+    float8_e4m3fn = ("float8_e4m3fn", 1)
+    float8_e5m2 = ("float8_e5m2", 1)
+    int64 = ("int64", 8)
+    int32 = ("int32", 4)
+    int16 = ("int16", 2)
+    int8 = ("int8", 1)
+    uint8 = ("uint8", 1)
+    bool_ = ("bool", 1)
+
+    @property
+    def torch_name(self) -> str:
+        return self.value[0]
+
+    @property
+    def itemsize(self) -> int:
+        return self.value[1]
+
+    @property
+    def is_float(self) -> bool:
+        return "float" in self.torch_name
+
+    def __str__(self) -> str:
+        return self.torch_name
+
+
+# States. A checkpoint may carry others (``max_exp_avg_sq``, ``momentum_buffer``): any string is a state.
+WEIGHT = "weight"  # as stored for compute: frozen parameters, buffers, and model files
+MASTER = "master"  # the optimizer's fp32 copy, the truth while training
+EXP_AVG = "exp_avg"
+EXP_AVG_SQ = "exp_avg_sq"
+STEP = "step"  # a scalar per parameter
+
+GATE, UP, DOWN = "gate", "up", "down"
+PROJECTIONS = (GATE, UP, DOWN)
+
+
+class Role(Enum):
+    """What a tensor is to the model that owns it."""
+
+    PARAMETER = "parameter"  # trained: has optimizer state
+    FROZEN = "frozen"  # a parameter without optimizer state
+    BUFFER = "buffer"  # not a parameter: never trained
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertName:
+    """All routed experts of one layer and projection: a stack whose first index is the global expert id.
+
+    ``layer_path`` is the module path of the layer (``model.layers.3``); its last component is the
+    layer's number in the model, which is not the ordinal of the layer among the MoE layers.
+    """
+
+    layer_path: str
+    projection: str
+    part: str = "weight"
+
+    @property
+    def layer(self) -> int:
+        return int(self.layer_path.rsplit(".", 1)[-1])
+
+    def expert(self, expert: int | str) -> str:
+        """The name of one expert's matrix, for messages and tables."""
+        return f"{self.layer_path}.experts.{expert}.{self.projection}.{self.part}"
+
+    def __str__(self) -> str:
+        return self.expert("*")
+
+
+TensorName = str | ExpertName
+
+
+class Region(NamedTuple):
+    """Where a contiguous run of a tensor's flattened (row-major) elements lies.
+
+    Elements ``start .. start + numel`` lie back to back in ``file`` from byte ``offset`` on. ZeRO's
+    partitions, whole tensors, one expert of a stack and rows of a matrix are all such runs; whoever
+    holds a tensor in another form describes it as several. A named tuple, because a large checkpoint
+    has millions: readers compute them on demand and keep none.
+    """
+
+    start: int
+    numel: int
+    file: str
+    offset: int
+
+
+# Regions in any order, to be gone through more than once: a tuple, or an object that computes them.
+Regions = Iterable[Region]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One canonical tensor: its identity, its logical form, and where its elements lie.
+
+    ``regions`` together hold every element exactly once, in any order. ``replicas`` are further
+    copies that must hold the same values; conversions compare them before they trust ``regions``.
+    """
+
+    name: TensorName
+    state: str
+    shape: tuple[int, ...]
+    dtype: DType
+    regions: Regions
+    role: Role = Role.PARAMETER
+    replicas: Regions = ()
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def label(self) -> str:
+        return f"{self.name} [{self.state}]"
+
+    def element(self, index: int) -> str:
+        """Name the element at flat ``index``: ``model.norm.weight [master] at [3]``."""
+        name = str(self.name)
+        indices: list[int] = []
+        for size in reversed(self.shape):
+            indices.append(index % size)
+            index //= size
+        indices.reverse()
+        if isinstance(self.name, ExpertName) and indices:
+            name = self.name.expert(indices.pop(0))
+        return f"{name} [{self.state}] at {indices}"
+
+
+class Cut(NamedTuple):
+    """Part of a tensor used as part of another: ``numel`` elements of ``tensor`` from ``source`` on
+    become the elements from ``start`` on."""
+
+    start: int
+    numel: int
+    tensor: Tensor
+    source: int
+
+
+class CutRegions:
+    """The regions of a tensor that is put together from cuts of others, computed when asked for.
+
+    Splits a fused ``gate_up_proj`` into gate and up, stacks one-expert tensors, and maps the experts
+    of an EP rank to their global ids, without one object per expert and rank staying in memory.
+    """
+
+    def __init__(self, cuts: Sequence[Cut]) -> None:
+        self._cuts = cuts
+
+    def __iter__(self) -> Iterator[Region]:
+        for cut in self._cuts:
+            for region in runs(cut.tensor, cut.source, cut.numel):
+                yield region._replace(start=cut.start + region.start - cut.source)
+
+
+def runs(tensor: Tensor, start: int, numel: int) -> list[Region]:
+    """The runs that hold elements ``start .. start + numel`` of ``tensor``, in order.
+
+    Raises:
+        CoverageError: an element in that range lies nowhere, or in two places.
+    """
+    end = start + numel
+    position = start
+    itemsize = tensor.dtype.itemsize
+    found: list[Region] = []
+    for region in sorted(tensor.regions):
+        low, high = max(region.start, start), min(region.start + region.numel, end)
+        if low >= high:
+            continue
+        if low != position:
+            raise CoverageError(_gap_or_overlap(tensor, position, region))
+        found.append(Region(low, high - low, region.file, region.offset + (low - region.start) * itemsize))
+        position = high
+    if position != end:
+        raise CoverageError(
+            f"{tensor.element(position)}: no file of the checkpoint holds this element "
+            f"({end - position} of {numel} are missing from here on). A rank's file is incomplete or "
+            "the metadata describes another model."
+        )
+    return found
+
+
+def _gap_or_overlap(tensor: Tensor, position: int, region: Region) -> str:
+    if region.start > position:
+        return (
+            f"{tensor.element(position)}: no file of the checkpoint holds this element; the next one "
+            f"found is {region.start - position} further on, in {region.file}."
+        )
+    return (
+        f"{tensor.element(region.start)}: two places claim to hold this element, one of them "
+        f"{region.file}. ckpt-tool does not choose between them."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """A scalar optimizer state of one parameter, such as ``step``.
+
+    ``dtype`` is None where the engine stores a Python int rather than a 0-d tensor; a writer keeps
+    the kind, because optimizers refuse the other one.
+    """
+
+    value: float | int
+    dtype: DType | None
+
+
+@dataclass(frozen=True, slots=True)
+class ParamGroup:
+    """One optimizer parameter group: its options (lr, betas, ...) and its parameters in order."""
+
+    options: Mapping[str, Any]
+    parameters: tuple[TensorName, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MoELayer:
+    """One MoE layer: where its experts live.
+
+    ``module`` is the module path of the MoE block (``model.layers.3.mlp``). ``holders[r]`` are the
+    global expert ids on EP rank r, in the order they are packed there.
+    """
+
+    layer_path: str
+    module: str
+    num_experts: int
+    holders: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The ranks a checkpoint was saved by. Sizes are counts of ranks; None where the format has none.
+
+    ``ep_ranks[r]`` and ``edp_ranks[r]`` are the expert-parallel and expert-data-parallel rank of
+    global rank r; empty without expert parallelism.
+    """
+
+    world_size: int | None = None
+    ep_size: int | None = None
+    edp_size: int | None = None
+    zero_stage: int | None = None
+    ep_ranks: tuple[int, ...] = ()
+    edp_ranks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """Everything a run needs to go on that is not a tensor of the model or of its optimizer.
+
+    Values are plain Python data and stand-ins of containers.pickles; a tensor in ``client_state`` is a
+    ``Tensor``, so that it is streamed like all others. ``per_rank`` names the client state that
+    differed between ranks and therefore means nothing on other ranks; it is not in ``client_state``.
+    ``loss_scale`` holds DeepSpeed's ``loss_scaler``, ``dynamic_loss_scale`` and ``overflow``.
+    """
+
+    step: int | None = None
+    counters: Mapping[str, int] = field(default_factory=dict)
+    param_groups: tuple[ParamGroup, ...] = ()
+    scheduler: Any = None
+    loss_scale: Mapping[str, Any] = field(default_factory=dict)
+    client_state: Mapping[str, Any] = field(default_factory=dict)
+    per_rank: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    engine_version: str | None = None
+
+
+class SourceFile(NamedTuple):
+    """A file of the source. ``fingerprint`` changes when its content does and costs no data to read
+    (for torch archives: a hash of the zip directory, which holds a CRC-32 of every record)."""
+
+    path: str
+    size: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An immutable catalogue of one checkpoint. Paths in it are relative to ``root``.
+
+    ``dialect`` says whose dense names these are: ``autoep`` (DeepSpeed AutoEP's modules),
+    ``transformers`` (modules as transformers builds them) or ``hub`` (names in published files).
+    ``tensors`` are in the model's own order as far as the format tells it. ``aliases`` maps a
+    further name of a tensor to the name it is listed under (tied weights).
+    """
+
+    format: str
+    root: str
+    dialect: str
+    tensors: tuple[Tensor, ...]
+    files: tuple[SourceFile, ...]
+    topology: Topology = Topology()
+    training: TrainingState = TrainingState()
+    scalars: Mapping[tuple[TensorName, str], Scalar] = field(default_factory=dict)
+    moe_layers: tuple[MoELayer, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    model_config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    def by_key(self) -> dict[tuple[TensorName, str], Tensor]:
+        return {(tensor.name, tensor.state): tensor for tensor in self.tensors}
+
+    def values(self) -> list[Tensor]:
+        """The tensors a model consists of: masters where there are any, stored weights elsewhere."""
+        masters = {tensor.name for tensor in self.tensors if tensor.state == MASTER}
+        return [
+            tensor
+            for tensor in self.tensors
+            if tensor.state == MASTER or (tensor.state == WEIGHT and tensor.name not in masters)
+        ]
+
+    def select(self, tensors: Iterable[Tensor]) -> Checkpoint:
+        return replace(self, tensors=tuple(tensors))
+
+
+def contiguous(shape: Sequence[int], file: str, offset: int) -> tuple[Region, ...]:
+    """The regions of a tensor that lies in one piece."""
+    return (Region(0, math.prod(shape), file, offset),)

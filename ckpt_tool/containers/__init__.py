@@ -1,0 +1,1 @@
+"""Bytes on disk: torch's zip archives, safetensors headers, and pickles that run nothing."""

@@ -1,0 +1,328 @@
+"""The zip archives that ``torch.save`` writes: reading their directory, and laying out new ones.
+
+An archive holds stored (uncompressed) records below one top folder: ``data.pkl``, one ``data/<key>``
+per storage, ``version``, and a few markers (torch 2.13, torch/serialization.py and
+caffe2/serialize/inline_container.cc). A storage's bytes therefore lie in one piece in the file.
+"""
+
+from __future__ import annotations
+
+import binascii
+import io
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from ckpt_tool.canonical import DType, Region, SourceFile, Tensor, contiguous
+from ckpt_tool.containers import pickles
+from ckpt_tool.containers.pickles import Opaque, StorageRecord, TensorRecord
+from ckpt_tool.errors import UnreadableError
+from ckpt_tool.layout import CrcSlot, Fill, Literal, Slot, TargetFile, whole
+from ckpt_tool.storage import Reader
+
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
+_ALIGNMENT = 64  # torch aligns storages to this, relative to the start of the archive
+_ZIP64_LIMIT = 0xFFFFFFFF
+
+
+class _FileView(io.RawIOBase):
+    """A seekable view of a stored file for the zip module."""
+
+    def __init__(self, reader: Reader, path: str) -> None:
+        self._reader, self._path, self._size, self._position = reader, path, reader.size(path), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        base = {0: 0, 1: self._position, 2: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._size - self._position))
+        self._reader.read_into(self._path, self._position, memoryview(buffer)[:count])
+        self._position += count
+        return count
+
+
+class TorchArchive:
+    """One file written by ``torch.save``, known by its directory; data is only described.
+
+    Raises:
+        UnreadableError: the file is missing, truncated, or no torch archive.
+        UnsafePickleError: its pickle names something a checkpoint has no business naming.
+    """
+
+    def __init__(self, reader: Reader, path: str) -> None:
+        self.path = path
+        self._reader = reader
+        self.where = f"{reader.root}/{path}"
+        self.size = reader.size(path)
+        try:
+            archive = zipfile.ZipFile(io.BufferedReader(_FileView(reader, path), 4096))
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise UnreadableError(
+                f"{self.where} is not a complete torch archive ({error}): truncated while copying or "
+                "saving, or another kind of file."
+            ) from error
+        self._records = {self._inner_name(info.filename): info for info in archive.infolist()}
+        directory = reader.read(path, archive.start_dir, self.size - archive.start_dir)
+        self.source = SourceFile(path, self.size, xxhash.xxh3_64_hexdigest(directory))
+        for name, info in self._records.items():
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                raise UnreadableError(f"{self.where}: record {name} is compressed; torch stores.")
+        if "byteorder" in self._records and self.read_record("byteorder") != b"little":
+            raise UnreadableError(f"{self.where} was saved on a big-endian machine; not supported.")
+        self.root: Any = pickles.loads(self.read_record("data.pkl"), where=self.where)
+
+    def _inner_name(self, name: str) -> str:
+        return name.split("/", 1)[-1]
+
+    def _info(self, name: str) -> zipfile.ZipInfo:
+        try:
+            return self._records[name]
+        except KeyError:
+            raise UnreadableError(
+                f"{self.where} has no record {name}: not a torch archive, or a damaged one."
+            ) from None
+
+    def read_record(self, name: str) -> bytes:
+        """The bytes of a small record."""
+        info = self._info(name)
+        return self._reader.read(self.path, self.record_offset(name), info.file_size)
+
+    def record_offset(self, name: str) -> int:
+        """Where a record's data begins in the file; its local header alone knows the padding."""
+        info = self._info(name)
+        header = self._reader.read(self.path, info.header_offset, _LOCAL_HEADER.size)
+        signature, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        if signature != b"PK\x03\x04" or start + info.file_size > self.size:
+            raise UnreadableError(
+                f"{self.where}: record {name} is not where the directory says. The file is damaged."
+            )
+        return int(start)
+
+    def records(self) -> Mapping[str, zipfile.ZipInfo]:
+        return self._records
+
+    def storage_crc(self, record: TensorRecord) -> int:
+        """The CRC-32 the archive states for the storage of a tensor; equal bytes have equal CRCs."""
+        return self._info(f"data/{record.storage.key}").CRC
+
+    def offset_of(self, record: TensorRecord) -> int:
+        """Byte offset of a contiguous tensor's first element in the file.
+
+        Raises:
+            UnreadableError: the record is shorter than the storage, or the tensor is not contiguous.
+        """
+        storage = record.storage
+        name = f"data/{storage.key}"
+        itemsize = 1 if storage.dtype is None else storage.dtype.itemsize
+        if self._info(name).file_size != storage.numel * itemsize:
+            raise UnreadableError(
+                f"{self.where}: record {name} has {self._info(name).file_size} bytes; its tensor "
+                f"needs {storage.numel * itemsize}. The file is damaged."
+            )
+        if not record.is_contiguous:
+            raise UnreadableError(
+                f"{self.where}: a tensor of shape {record.shape} is stored with strides "
+                f"{record.stride}; only contiguous tensors are read here."
+            )
+        return self.record_offset(name) + record.offset * record.dtype.itemsize
+
+    def read_tensor(self, record: TensorRecord) -> bytes:
+        """The bytes of a small contiguous tensor."""
+        return self._reader.read(self.path, self.offset_of(record), record.numel * record.dtype.itemsize)
+
+    def describe(self, value: Any) -> Any:
+        """``value`` with its tensors as ``Tensor``, so that they are streamed like all others."""
+        if isinstance(value, TensorRecord):
+            return self.tensor("client_state", "weight", value)
+        if isinstance(value, dict):
+            copy = value.copy()
+            copy.update({key: self.describe(item) for key, item in value.items()})
+            return copy
+        if type(value) in (list, tuple):
+            return type(value)(self.describe(item) for item in value)
+        return value
+
+    def digest(self, value: Any) -> str:
+        """A text equal for equal values; tensors compare by the CRC-32 of their storage."""
+        if isinstance(value, TensorRecord):
+            crc = self.storage_crc(value)
+            return f"tensor({value.dtype}, {value.shape}, {value.stride}, {value.offset}, {crc})"
+        if isinstance(value, dict):
+            items = (f"{key!r}: {self.digest(item)}" for key, item in value.items())
+            return "{" + ", ".join(items) + "}"
+        if isinstance(value, list | tuple):
+            return f"{type(value).__name__}({', '.join(map(self.digest, value))})"
+        if isinstance(value, Opaque):
+            return f"{value.module}.{value.qualname}{self.digest((value.args, value.state))}"
+        return repr(value)
+
+    def tensor(self, name: str, state: str, record: TensorRecord) -> Tensor:
+        """A whole contiguous tensor of this file as a canonical one."""
+        regions: tuple[Region, ...] = ()
+        if record.numel:
+            regions = contiguous(record.shape, self.path, self.offset_of(record))
+        return Tensor(name, state, record.shape, record.dtype, regions)
+
+
+@dataclass(frozen=True, slots=True)
+class Inline:
+    """A small tensor whose bytes are known, such as a ``step``."""
+
+    data: bytes
+    shape: tuple[int, ...]
+    dtype: DType
+
+
+def torch_file(path: str, value: Any, *, zip64_limit: int = _ZIP64_LIMIT) -> TargetFile:
+    """The layout of an archive that ``torch.load`` reads as ``value``.
+
+    ``value`` may hold ``Slot``, ``Inline`` and whole ``Tensor`` wherever a tensor belongs. The same
+    value always gives the same bytes.
+    """
+    payloads: list[Slot | Inline] = []
+    resolved = _resolve(value, payloads)
+    builder = _ZipBuilder(zip64_limit)
+    builder.literal("archive/data.pkl", pickles.dumps(resolved))
+    builder.literal("archive/byteorder", b"little")
+    for key, payload in enumerate(payloads):
+        name = f"archive/data/{key}"
+        if isinstance(payload, Inline):
+            builder.literal(name, payload.data)
+        else:
+            builder.fill(name, payload)
+    builder.literal("archive/version", b"3\n")
+    return builder.finish(path)
+
+
+def _resolve(value: Any, payloads: list[Slot | Inline]) -> Any:
+    """``value`` with every tensor to be written turned into a record of its future place."""
+    if isinstance(value, Tensor):
+        value = whole(value)
+    if isinstance(value, Slot | Inline):
+        key = str(len(payloads))
+        payloads.append(value)
+        numel = value.numel if isinstance(value, Slot) else len(value.data) // value.dtype.itemsize
+        stride, strides = 1, []
+        for size in reversed(value.shape):
+            strides.append(stride)
+            stride *= size
+        storage = StorageRecord(key, value.dtype, numel)
+        return TensorRecord(storage, value.dtype, 0, value.shape, tuple(reversed(strides)))
+    if isinstance(value, dict):
+        items = [(key, _resolve(item, payloads)) for key, item in value.items()]
+        if type(value) is dict:
+            return dict(items)
+        copy = value.copy()
+        copy.update(items)
+        return copy
+    if type(value) in (list, tuple):
+        return type(value)(_resolve(item, payloads) for item in value)
+    return value
+
+
+class _ZipBuilder:
+    """Stored zip records, data 64-byte aligned, CRC-32 in the headers and no data descriptors."""
+
+    def __init__(self, zip64_limit: int) -> None:
+        self._limit = zip64_limit
+        self._literals: list[tuple[int, bytearray]] = []
+        self._fills: list[Fill] = []
+        self._slots: list[CrcSlot] = []
+        self._central = bytearray()
+        self._central_slots: list[tuple[int, int]] = []  # (position in central, fill)
+        self._count = 0
+        self._position = 0
+
+    def literal(self, name: str, data: bytes) -> None:
+        self._header(name, len(data), binascii.crc32(data))
+        self._put(data)
+
+    def fill(self, name: str, slot: Slot) -> None:
+        nbytes = slot.numel * slot.dtype.itemsize
+        crc_at, central_crc_at = self._header(name, nbytes, 0)
+        index = len(self._fills)
+        self._slots.append(CrcSlot(crc_at, index))
+        self._central_slots.append((central_crc_at, index))
+        self._fills.append(Fill(self._position, slot.tensor, slot.start, slot.numel, slot.dtype))
+        self._position += nbytes
+
+    def _header(self, name: str, size: int, crc: int) -> tuple[int, int]:
+        """Write both headers of a record; return the positions of its two CRC fields."""
+        encoded = name.encode()
+        start = self._position
+        large, far = size >= self._limit, start >= self._limit
+        zip64 = struct.pack("<HHQQ", 1, 16, size, size) if large else b""
+        # the rest of the way to the alignment is an extra field that readers skip ("FB", as torch)
+        fixed = start + _LOCAL_HEADER.size + len(encoded) + len(zip64) + 4
+        padding = -fixed % _ALIGNMENT
+        extra = zip64 + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        stated = _ZIP64_LIMIT if large else size
+        version = 45 if large or far else 20
+        self._put(
+            _LOCAL_HEADER.pack(
+                b"PK\x03\x04", version, 0x800, 0, 0, 0x21, crc, stated, stated,
+                len(encoded), len(extra),
+            )
+            + encoded
+            + extra
+        )  # fmt: skip
+        fields = ([size, size] if large else []) + ([start] if far else [])
+        central_extra = struct.pack(f"<HH{len(fields)}Q", 1, 8 * len(fields), *fields) if fields else b""
+        central_crc_at = len(self._central) + 16
+        self._central += (
+            _CENTRAL_HEADER.pack(
+                b"PK\x01\x02", version, version, 0x800, 0, 0, 0x21, crc, stated, stated,
+                len(encoded), len(central_extra), 0, 0, 0, 0,
+                _ZIP64_LIMIT if far else start,
+            )
+            + encoded
+            + central_extra
+        )  # fmt: skip
+        self._count += 1
+        return start + 14, central_crc_at
+
+    def _put(self, data: bytes) -> None:
+        if self._literals and self._literals[-1][0] + len(self._literals[-1][1]) == self._position:
+            self._literals[-1][1].extend(data)
+        else:
+            self._literals.append((self._position, bytearray(data)))
+        self._position += len(data)
+
+    def finish(self, path: str) -> TargetFile:
+        start, size = self._position, len(self._central)
+        self._slots += [CrcSlot(start + at, fill) for at, fill in self._central_slots]
+        self._put(bytes(self._central))
+        if start >= self._limit:
+            self._put(
+                struct.pack(
+                    "<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0,
+                    self._count, self._count, size, start,
+                )
+                + struct.pack("<4sIQI", b"PK\x06\x07", 0, start + size, 1)
+            )  # fmt: skip
+        self._put(
+            struct.pack(
+                "<4s4H2IH", b"PK\x05\x06", 0, 0,
+                min(self._count, 0xFFFF), min(self._count, 0xFFFF), size,
+                _ZIP64_LIMIT if start >= self._limit else start, 0,
+            )
+        )  # fmt: skip
+        literals = tuple(Literal(offset, bytes(data)) for offset, data in self._literals)
+        return TargetFile(path, self._position, literals, tuple(self._fills), tuple(self._slots))

@@ -1,0 +1,39 @@
+"""The exceptions of ckpt-tool: one small hierarchy, each with the exit code it ends the program with."""
+
+from __future__ import annotations
+
+
+class CkptToolError(Exception):
+    """Something a user can act on. The message says what, where, and what to do."""
+
+    exit_code = 4
+
+
+class UsageError(CkptToolError):
+    """The command or its options do not make sense together."""
+
+    exit_code = 2
+
+
+class UnreadableError(CkptToolError):
+    """The input is missing, damaged, contradictory, or in a form ckpt-tool does not read."""
+
+    exit_code = 3
+
+
+class UnsafePickleError(UnreadableError):
+    """A pickle names a class or function that a checkpoint has no business naming."""
+
+
+class CoverageError(UnreadableError):
+    """Elements of a tensor are missing, or come from more than one place."""
+
+
+class MismatchError(UnreadableError):
+    """Two things that must agree do not: ranks of one checkpoint, or a checkpoint and its config."""
+
+
+class ExecutionError(CkptToolError):
+    """The plan was sound but carrying it out failed: disk full, file vanished, interrupted."""
+
+    exit_code = 4

@@ -1,0 +1,101 @@
+"""A layout: the files a target consists of, each as literal bytes and ranges to be filled.
+
+Pure data, made by ``formats`` and ``containers`` from metadata alone, read by the planner and the
+executor, which know no format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ckpt_tool.canonical import DType, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor to be stored: elements of ``tensor`` in row-major order from flat element ``start`` on,
+    with the shape and dtype they get in the new file."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    dtype: DType
+    start: int = 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+def whole(tensor: Tensor, dtype: DType | None = None) -> Slot:
+    """All of a tensor, cast only where ``dtype`` says so."""
+    return Slot(tensor, tensor.shape, dtype or tensor.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes known beforehand (headers, pickles), at ``offset`` of the file."""
+
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """``numel`` elements of ``tensor`` from flat element ``start`` on, stored as ``dtype`` from byte
+    ``offset`` of the file on. A dtype other than the tensor's is a cast that was asked for."""
+
+    offset: int
+    tensor: Tensor
+    start: int
+    numel: int
+    dtype: DType
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class CrcSlot:
+    """Four bytes at ``offset``, inside a literal, that take the CRC-32 of fill number ``fill``."""
+
+    offset: int
+    fill: int
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFile:
+    """One file: its parts tile it without gap or overlap, which the planner checks."""
+
+    path: str
+    size: int
+    literals: tuple[Literal, ...]
+    fills: tuple[Fill, ...] = ()
+    crc_slots: tuple[CrcSlot, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All files of a target, and what the user is to know about it.
+
+    ``source`` is the catalogue the fills draw from, under the names the target uses. ``left_out`` maps
+    the label of each tensor of it that the target has no place for to the reason.
+    ``notes`` are sentences for the report.
+    """
+
+    files: tuple[TargetFile, ...]
+    source: tuple[Tensor, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def text_file(path: str, text: str) -> TargetFile:
+    """A small file of known content, such as ``latest``."""
+    data = text.encode()
+    return TargetFile(path, len(data), (Literal(0, data),))

@@ -1,0 +1,221 @@
+"""Opening, ranged reads, positioned writes, fsync: the only module that opens a checkpoint's files.
+
+Explicit reads into the caller's buffers, never ``mmap``: mapped pages count as resident memory, and
+page faults on network storage are ruinously slow. A remote store is another class with these methods.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from ckpt_tool.errors import ExecutionError, UnreadableError
+
+_MAX_OPEN_FILES = 128
+
+
+class Reader(Protocol):
+    """A read-only directory of files, addressed by paths relative to it."""
+
+    @property
+    def root(self) -> str: ...
+
+    def list(self, directory: str = "") -> list[str]:
+        """Names in ``directory``, sorted. A missing directory is an empty one."""
+        ...
+
+    def size(self, path: str) -> int:
+        """Size in bytes; raises UnreadableError where there is no such file."""
+        ...
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes; raises UnreadableError where the file ends before."""
+        ...
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from ``offset`` on; raises UnreadableError where the file ends before."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Writer(Protocol):
+    """A directory being filled. Files are created at their full size and written at positions."""
+
+    def create(self, path: str, size: int) -> None: ...
+
+    def write(self, path: str, offset: int, data: memoryview | bytes) -> None: ...
+
+    def finish(self, path: str) -> None:
+        """The file is complete: make it durable and let go of it."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class LocalReader:
+    """Files below a local directory. Thread-safe; keeps the most recently used files open."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = Path(root)
+        self._open: OrderedDict[str, _Handle] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def root(self) -> str:
+        return str(self._root)
+
+    def list(self, directory: str = "") -> list[str]:
+        try:
+            return sorted(os.listdir(self._root / directory))
+        except FileNotFoundError:
+            return []
+        except NotADirectoryError:
+            return []
+
+    def size(self, path: str) -> int:
+        with self._handle(path) as fd:
+            return os.fstat(fd).st_size
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        self.read_into(path, offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        done = 0
+        with self._handle(path) as fd:
+            while done < len(buffer):
+                try:
+                    count = os.preadv(fd, [buffer[done:]], offset + done)
+                except OSError as error:
+                    raise ExecutionError(f"{self._root / path}: reading failed: {error}") from error
+                if count == 0:
+                    raise UnreadableError(
+                        f"{self._root / path} is truncated: bytes {offset} to {offset + len(buffer)} "
+                        f"are needed, the file ends at {offset + done}. Copy it again from where it "
+                        "was saved."
+                    )
+                done += count
+
+    def close(self) -> None:
+        with self._lock:
+            for handle in self._open.values():
+                handle.release()
+            self._open.clear()
+
+    @contextlib.contextmanager
+    def _handle(self, path: str) -> Iterator[int]:
+        with self._lock:
+            handle = self._open.pop(path, None)
+            if handle is None:
+                handle = _Handle(_open_for_reading(self._root / path))
+            self._open[path] = handle
+            handle.acquire()
+            if len(self._open) > _MAX_OPEN_FILES:
+                self._open.popitem(last=False)[1].release()
+        try:
+            yield handle.fd
+        finally:
+            with self._lock:
+                handle.release()
+
+
+class _Handle:
+    """A file descriptor closed when its last user lets go; counted under the reader's lock."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._users = 1
+
+    def acquire(self) -> None:
+        self._users += 1
+
+    def release(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            os.close(self.fd)
+
+
+def _open_for_reading(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise UnreadableError(f"{path} is missing.") from error
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be opened: {error.strerror}.") from error
+
+
+class LocalWriter:
+    """New files below a local directory. Several threads may write one file at different positions."""
+
+    def __init__(self, root: str | os.PathLike[str], *, fsync: bool = True) -> None:
+        self._root = Path(root)
+        self._fsync = fsync
+        self._open: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def create(self, path: str, size: int) -> None:
+        target = self._root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with self._lock:
+            self._open[path] = fd
+        try:
+            os.ftruncate(fd, size)
+        except OSError as error:
+            raise self._failure(path, error) from error
+
+    def write(self, path: str, offset: int, data: memoryview | bytes) -> None:
+        fd = self._open[path]
+        view = memoryview(data)
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwrite(fd, view[done:], offset + done)
+            except OSError as error:
+                raise self._failure(path, error) from error
+
+    def finish(self, path: str) -> None:
+        with self._lock:
+            fd = self._open.pop(path)
+        try:
+            if self._fsync:
+                os.fsync(fd)
+        except OSError as error:
+            raise self._failure(path, error) from error
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Let go of all files; those that were not finished are removed."""
+        with self._lock:
+            unfinished, self._open = self._open, {}
+        for path, fd in unfinished.items():
+            os.close(fd)
+            (self._root / path).unlink(missing_ok=True)
+
+    def _failure(self, path: str, error: OSError) -> ExecutionError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(self._root).free
+            return ExecutionError(
+                f"{self._root / path}: the disk is full ({free} bytes free). Nothing was published; "
+                "free some space, or choose another destination, and run the command again."
+            )
+        return ExecutionError(f"{self._root / path}: writing failed: {error}")
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
