@@ -1,0 +1,52 @@
+"""What a checkpoint format is to the rest of the program: two small protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ckpt_tool.canonical import Checkpoint, DType
+from ckpt_tool.layout import Layout
+from ckpt_tool.storage import Reader
+
+
+class SourceFormat(Protocol):
+    """A format that can be read. ``name`` is what ``inspect`` calls it."""
+
+    name: str
+
+    def recognises(self, reader: Reader) -> bool:
+        """Whether the files in ``reader`` look like this format, judged by names alone."""
+        ...
+
+    def read(self, reader: Reader) -> Checkpoint:
+        """The catalogue, from metadata alone; raises UnreadableError where it does not add up."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOptions:
+    """What a user may ask of a target; each format uses what applies to it.
+
+    ``dtype`` None keeps dtypes (masters stay fp32). ``config`` is a Hugging Face ``config.json``.
+    ``max_shard_bytes`` bounds one safetensors file; ``extra_files`` (tokenizer and the like) are
+    carried over. ``keep_groups`` writes the source's optimizer
+    group settings where the default leaves the target run's own in force.
+    """
+
+    dtype: DType | None = None
+    config: Mapping[str, Any] | None = None
+    max_shard_bytes: int = 5_000_000_000
+    keep_groups: bool = False
+    extra_files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+class TargetFormat(Protocol):
+    """A format that can be written."""
+
+    name: str
+
+    def layout(self, checkpoint: Checkpoint, options: TargetOptions) -> Layout:
+        """The target's files. Pure: reads no tensor bytes; raises UsageError or MismatchError."""
+        ...

@@ -1,0 +1,109 @@
+"""ZeRO-3's partition arithmetic and AutoEP's expert placement: pure numbers.
+
+Sources: deepspeed 0.19.8, runtime/zero/partition_parameters.py (one partition per parameter and rank),
+checkpoint/ds_to_universal.py (``_zero_partitioned_param_info``), checkpoint/autoep_affine.py (placement).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ckpt_tool.canonical import Region
+from ckpt_tool.errors import UnreadableError
+
+
+def partition_size(numel: int, count: int) -> int:
+    """Elements that each of ``count`` ranks reserves for a parameter of ``numel`` elements.
+
+    Every parameter is padded on its own; the last ranks may hold less, or nothing but padding.
+    """
+    return -(-numel // count)
+
+
+class PartitionRegions:
+    """Where a parameter's elements lie in the flat buffers of the ranks it is partitioned over.
+
+    Partition rank k holds elements ``k*p .. min((k+1)*p, numel)`` with ``p = ceil(numel / n)``. What
+    follows them up to p is padding, uninitialised memory in real files, and never part of a region.
+
+    Args:
+        numel: elements of the parameter (of one EP rank's share, for experts).
+        files: the file of each partition rank, in order; there are n.
+        bases: byte offset in its file of each rank's flat buffer; shared by all parameters in it.
+        within: elements before this parameter in each flat buffer.
+        itemsize: bytes per element.
+    """
+
+    def __init__(
+        self, numel: int, files: Sequence[str], bases: array[int], within: int, itemsize: int
+    ) -> None:
+        self._numel, self._files, self._bases = numel, files, bases
+        self._skip = within * itemsize
+
+    def __iter__(self) -> Iterator[Region]:
+        size = partition_size(self._numel, len(self._files))
+        for rank, (file, base) in enumerate(zip(self._files, self._bases, strict=True)):
+            start = rank * size
+            if start >= self._numel:
+                return
+            yield Region(start, min(size, self._numel - start), file, base + self._skip)
+
+
+def expert_holders(entry: Mapping[str, Any], where: str) -> tuple[tuple[int, ...], ...]:
+    """The global expert ids on each EP rank of one layer, in the order they are packed there.
+
+    Read from ``expert_placement`` (deepspeed 0.19.8 on; any order, uneven, empty or replicated), else
+    the uniform contiguous placement of earlier releases.
+
+    Raises:
+        UnreadableError: the placement is malformed, of another version, or leaves an expert out.
+    """
+    experts, ep_size = entry["num_experts"], entry["ep_size"]
+    layer = entry["expert_key_prefix"]
+    placement = entry.get("expert_placement")
+    if placement is None:
+        local = entry["num_local_experts"]
+        if local * ep_size != experts:
+            raise UnreadableError(
+                f"{where}: {layer} has num_experts={experts}, but {ep_size} EP ranks of {local} "
+                "experts each. The metadata contradicts itself."
+            )
+        return tuple(tuple(range(rank * local, (rank + 1) * local)) for rank in range(ep_size))
+    try:
+        version = placement["version"]
+        listed = {item["rank"]: tuple(item["experts"]) for item in placement["ranks"]}
+        sizes = (placement["num_experts"], placement["ep_size"], len(placement["ranks"]))
+    except (KeyError, TypeError) as error:
+        raise UnreadableError(f"{where}: the expert_placement of {layer} is malformed.") from error
+    if version != 1:
+        raise UnreadableError(
+            f"{where}: the expert_placement of {layer} is of version {version!r}; this release of "
+            "ckpt-tool knows version 1."
+        )
+    if sizes != (experts, ep_size, ep_size) or sorted(listed) != list(range(ep_size)):
+        raise UnreadableError(
+            f"{where}: the expert_placement of {layer} lists {sizes[2]} ranks and {sizes[0]} experts; "
+            f"its layer has {ep_size} EP ranks and {experts} experts."
+        )
+    for rank, ids in listed.items():
+        if len(set(ids)) != len(ids):
+            raise UnreadableError(f"{where}: EP rank {rank} holds an expert of {layer} twice: {list(ids)}.")
+    present = {expert for ids in listed.values() for expert in ids}
+    if present != set(range(experts)):
+        wrong = sorted(present ^ set(range(experts)))
+        raise UnreadableError(
+            f"{where}: the experts of {layer} must be 0 to {experts - 1}, each on some EP rank; "
+            f"missing or unknown: {wrong}."
+        )
+    return tuple(listed[rank] for rank in range(ep_size))
+
+
+def consecutive(ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Cut packed expert ids into runs of consecutive ids: (position in ``ids``, first id, count)."""
+    begin = 0
+    for position in range(1, len(ids) + 1):
+        if position == len(ids) or ids[position] != ids[position - 1] + 1:
+            yield begin, ids[begin], position - begin
+            begin = position

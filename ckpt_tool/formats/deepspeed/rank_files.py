@@ -1,0 +1,257 @@
+"""The files that each rank of a ZeRO-3 run saves, and what each of them says.
+
+Names and keys: deepspeed 0.19.8, runtime/engine.py (``_get_zero_ckpt_name``, ``_save_checkpoint``)
+and runtime/zero/stage3.py (``_rigid_state_dict``). Only metadata is read; tensors are described by
+where they lie.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckpt_tool.canonical import DType, Scalar, SourceFile, Tensor
+from ckpt_tool.containers.pickles import Opaque, TensorRecord
+from ckpt_tool.containers.torch_zip import TorchArchive
+from ckpt_tool.errors import UnreadableError
+from ckpt_tool.formats.deepspeed.scalars import scalar_state
+from ckpt_tool.storage import Reader
+
+_FILE = re.compile(
+    r"(?P<prefix>bf16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<tp>\d+)_(?P<kind>model|optim)_states\.pt$"
+)
+
+# Keys the engine itself puts into a model_states file; all others are the user's client_state.
+ENGINE_KEYS = frozenset(
+    [
+        "module",
+        "buffer_names",
+        "optimizer",
+        "param_shapes",
+        "frozen_param_shapes",
+        "frozen_param_fragments",
+        "shared_params",
+        "lr_scheduler",
+        "data_sampler",
+        "random_ltd",
+        "sparse_tensor_module_names",
+        "skipped_steps",
+        "global_steps",
+        "global_samples",
+        "dp_world_size",
+        "mp_world_size",
+        "checkpoint_parallel_dimensions",
+        "ds_config",
+        "ds_version",
+        "num_experts",
+        "ds_autoep_layers",
+        "autoep_layers",
+        "universal_checkpoint_info",
+    ]
+)
+
+Shapes = tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FlatState:
+    """One per-element state of one sub-group on one rank: ``numel`` elements from byte ``offset``."""
+
+    offset: int
+    numel: int
+    dtype: DType
+
+
+@dataclass(slots=True)
+class RankFiles:
+    """What the two files of one rank say.
+
+    ``shapes`` are the sub-groups: per sub-group the parameters in order with their full (for experts:
+    EP-local) shapes. ``states[i]`` maps a state of sub-group i to its flat buffer, ``scalars[i]`` to
+    its value. ``engine`` and ``client`` are the remaining keys of the model file; tensors in
+    ``client`` are ``Tensor``. ``client_digests`` compare client values across ranks by content.
+    """
+
+    rank: int
+    model_file: str
+    optim_file: str
+    sources: tuple[SourceFile, SourceFile]
+    shapes: Shapes
+    frozen_shapes: Mapping[str, tuple[int, ...]]
+    frozen: Mapping[str, FlatState]
+    buffers: Mapping[str, Tensor]
+    buffer_crcs: Mapping[str, int]
+    module_names: tuple[str, ...]
+    engine: Mapping[str, Any]
+    client: Mapping[str, Any]
+    client_digests: Mapping[str, str]
+    notes: tuple[str, ...]
+    states: list[dict[str, FlatState]] = field(default_factory=list)
+    scalars: list[dict[str, Scalar]] = field(default_factory=list)
+    partition_groups: list[Mapping[str, Any]] | None = None
+    partition_count: Any = None
+    param_groups: list[Mapping[str, Any]] = field(default_factory=list)
+    loss_scale: Mapping[str, Any] = field(default_factory=dict)
+    zero_stage: int = 3
+
+
+def file_names(reader: Reader) -> list[tuple[str, str]]:
+    """(model file, optimizer file) of every rank, by rank.
+
+    Raises:
+        UnreadableError: a rank's file is missing, or the files are of a kind that is not read.
+    """
+    found: dict[str, dict[int, str]] = {"model": {}, "optim": {}}
+    for name in reader.list():
+        match = _FILE.match(name)
+        if match is None:
+            continue
+        if int(match["tp"]) > 0:
+            raise UnreadableError(
+                f"{reader.root}/{name}: the model was also split by tensor parallelism (mp_rank "
+                f"{match['tp']}). ckpt-tool does not read AutoTP checkpoints."
+            )
+        rank, ranks = int(match["rank"]), found[match["kind"]]
+        if rank in ranks:
+            raise UnreadableError(
+                f"{reader.root}: {ranks[rank]} and {name} both claim rank {rank}. One of them is left "
+                "over from a run in another precision; remove it."
+            )
+        ranks[rank] = name
+    model, optim = found["model"], found["optim"]
+    world = 1 + max([*model, *optim])
+    prefix = "bf16_" if any(name.startswith("bf16_") for name in optim.values()) else ""
+    for rank in range(world):
+        for ranks, expected in (
+            (model, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"),
+            (optim, f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"),
+        ):
+            if rank not in ranks:
+                raise UnreadableError(
+                    f"{reader.root}/{expected} is missing: the directory has files of rank "
+                    f"{world - 1}, so it was saved by at least {world} ranks. Copy the files of all "
+                    "ranks (nodes often save to their own local disk)."
+                )
+    return [(model[rank], optim[rank]) for rank in range(world)]
+
+
+def read_ranks(reader: Reader, names: list[tuple[str, str]]) -> list[RankFiles]:
+    """Read the metadata of all ranks, several files at a time."""
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return list(pool.map(lambda item: _read_rank(reader, item[0], *item[1]), enumerate(names)))
+
+
+def _read_rank(reader: Reader, rank: int, model_name: str, optim_name: str) -> RankFiles:
+    model = TorchArchive(reader, model_name)
+    files = _read_model(reader, model, rank, optim_name)
+    optim = TorchArchive(reader, optim_name)
+    _read_optim(reader, optim, files)
+    files.sources = (model.source, optim.source)
+    return files
+
+
+def _read_model(reader: Reader, archive: TorchArchive, rank: int, optim_name: str) -> RankFiles:
+    where = f"{reader.root}/{archive.path}"
+    root = archive.root
+    missing = [key for key in ("module", "param_shapes", "dp_world_size") if not _has(root, key)]
+    if missing:
+        raise UnreadableError(f"{where} lacks {missing}: it is no ZeRO-3 model_states file.")
+    shapes = tuple(
+        tuple((name, _shape(shape, name, where)) for name, shape in group.items())
+        for group in root["param_shapes"]
+    )
+    buffers, crcs = {}, {}
+    # Parameters are placeholders of no elements; what holds data in 'module' is a buffer.
+    for name, record in root["module"].items():
+        if isinstance(record, TensorRecord) and (record.numel or name in (root.get("buffer_names") or ())):
+            buffers[name] = archive.tensor(name, "weight", record)
+            crcs[name] = archive.storage_crc(record)
+    fragments = root.get("frozen_param_fragments") or {}
+    frozen_shapes = {
+        name: _shape(shape, name, where) for name, shape in (root.get("frozen_param_shapes") or {}).items()
+    }
+    frozen = {
+        name: FlatState(archive.offset_of(record) if record.numel else 0, record.numel, record.dtype)
+        for name, record in fragments.items()
+    }
+    client, digests, notes = {}, {}, []
+    for key, value in root.items():
+        if key in ENGINE_KEYS and not (key in ("data_sampler", "random_ltd") and value):
+            continue
+        try:
+            client[key] = archive.describe(value)
+        except UnreadableError as error:
+            notes.append(f"client state {key!r} is left out: {error}")
+            continue
+        digests[key] = archive.digest(value)
+    engine = {
+        key: root[key]
+        for key in ENGINE_KEYS
+        if key in root and key not in ("module", "frozen_param_fragments", "param_shapes")
+    }
+    return RankFiles(
+        rank, archive.path, optim_name, (archive.source, archive.source), shapes, frozen_shapes,
+        frozen, buffers, crcs, tuple(root["module"]), engine, client, digests, tuple(notes),
+    )  # fmt: skip
+
+
+def _read_optim(reader: Reader, archive: TorchArchive, files: RankFiles) -> None:
+    where = f"{reader.root}/{archive.path}"
+    zero: Any = archive.root["optimizer_state_dict"] if _has(archive.root, "optimizer_state_dict") else None
+    if not _has(zero, "fp32_flat_groups"):
+        raise UnreadableError(f"{where} has no fp32_flat_groups: it is no ZeRO-3 optim_states file.")
+    stage = zero.get("zero_stage")
+    files.zero_stage = stage.args[0] if isinstance(stage, Opaque) else (3 if stage is None else stage)
+    files.partition_groups = zero.get("ds_zero_partition_groups")
+    files.partition_count = zero.get("partition_count")
+    files.loss_scale = {
+        key: zero[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow") if key in zero
+    }
+    base = zero.get("optimizer_state_dict") or {"state": {}, "param_groups": []}
+    files.param_groups = list(base.get("param_groups") or [])
+    flats = zero["fp32_flat_groups"]
+    if len(flats) != len(files.shapes):
+        raise UnreadableError(
+            f"{where} has {len(flats)} flat groups; {files.model_file} describes {len(files.shapes)} "
+            "sub-groups. The two files are not of the same save."
+        )
+    for index, flat in enumerate(flats):
+        states = {"master": _flat(archive, flat)}
+        scalars: dict[str, Scalar] = {}
+        for key, value in (base["state"].get(index) or {}).items():
+            if isinstance(value, TensorRecord) and value.shape:
+                if value.numel != flat.numel:
+                    raise UnreadableError(
+                        f"{where}: {key} of sub-group {index} has {value.numel} elements, the master "
+                        f"weights have {flat.numel}. The file is damaged, or the optimizer keeps a "
+                        "state that is not per element, which is not supported."
+                    )
+                states[key] = _flat(archive, value)
+            elif isinstance(value, TensorRecord | int | float):
+                scalars[key] = scalar_state(archive, value)
+            else:
+                raise UnreadableError(
+                    f"{where}: optimizer state {key} of sub-group {index} is neither a tensor nor a "
+                    "number; not supported."
+                )
+        files.states.append(states)
+        files.scalars.append(scalars)
+
+
+def _flat(archive: TorchArchive, record: TensorRecord) -> FlatState:
+    offset = archive.offset_of(record) if record.numel else 0
+    return FlatState(offset, record.numel, record.dtype)
+
+
+def _has(value: Any, key: str) -> bool:
+    return isinstance(value, dict) and key in value
+
+
+def _shape(shape: Any, name: str, where: str) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, tuple | list) else None
+    if sizes is None or any(type(size) is not int or size < 0 for size in sizes):
+        raise UnreadableError(f"{where}: the shape of {name} is malformed: {shape!r}.")
+    return sizes

@@ -1,0 +1,544 @@
+"""ZeRO-3 checkpoints, with AutoEP (partition-native, format version 1) and without.
+
+Every rank saves one model_states and one optim_states file. A parameter's fp32 master and moments are
+cut over the ranks of its partition group: all ranks for dense parameters, the EDP ranks of one EP rank
+for experts. This module reads what all ranks say, checks that they say the same, and describes where
+each element of the logical tensors lies.
+
+Format facts: deepspeed 0.19.8, runtime/zero/stage3.py, checkpoint/autoep_zero3_metadata.py and
+checkpoint/ds_to_universal.py (``_consolidate_zero3_autoep_expert_states``).
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from ckpt_tool.canonical import (
+    WEIGHT,
+    Checkpoint,
+    Cut,
+    CutRegions,
+    ExpertName,
+    MoELayer,
+    ParamGroup,
+    Role,
+    Scalar,
+    Tensor,
+    TensorName,
+    Topology,
+    TrainingState,
+)
+from ckpt_tool.errors import MismatchError, UnreadableError
+from ckpt_tool.formats.deepspeed.autoep import AutoEP
+from ckpt_tool.formats.deepspeed.partition import PartitionRegions, consecutive, partition_size
+from ckpt_tool.formats.deepspeed.rank_files import RankFiles, file_names, read_ranks
+from ckpt_tool.storage import Reader
+
+# Values every rank must state alike; they differ where files of two saves were mixed.
+_COMMON = (
+    "global_steps skipped_steps global_samples dp_world_size mp_world_size ds_version lr_scheduler "
+    "num_experts"
+).split()
+
+
+class Place(NamedTuple):
+    """Where a parameter lies in a rank's flat buffers: ``within`` elements into those of ``sub_group``,
+    as ``partition`` of ``cut_over``. ``shape`` is its full shape (for experts: that of the EP rank)."""
+
+    sub_group: int
+    within: int
+    cut_over: int
+    partition: int
+    shape: tuple[int, ...]
+
+
+class Zero3:
+    """The format as the registry knows it."""
+
+    name = "deepspeed-zero3"
+
+    def recognises(self, reader: Reader) -> bool:
+        names = reader.list()
+        return any("zero_pp_rank_" in name and name.endswith("optim_states.pt") for name in names) and (
+            any(name.startswith("zero_pp_rank_") and name.endswith("model_states.pt") for name in names)
+        )
+
+    def read(self, reader: Reader) -> Checkpoint:
+        ranks = read_ranks(reader, file_names(reader))
+        _check_ranks_agree(reader, ranks)
+        return _Catalogue(reader, ranks).checkpoint()
+
+
+def _check_ranks_agree(reader: Reader, ranks: list[RankFiles]) -> None:
+    first = ranks[0]
+    world = first.engine.get("dp_world_size")
+    for files in ranks:
+        where = f"{reader.root}/{files.model_file}"
+        for key in _COMMON:
+            theirs, ours = files.engine.get(key), first.engine.get(key)
+            if theirs != ours:
+                raise MismatchError(
+                    f"{where} says {key}={theirs!r}, {first.model_file} says {ours!r}. The directory "
+                    "mixes files of different saves; copy this checkpoint again from its origin."
+                )
+        if files.zero_stage != 3:
+            raise UnreadableError(
+                f"{reader.root}/{files.optim_file} is of ZeRO stage {files.zero_stage}; "
+                "stage 3 was expected beside zero_pp_rank_*_model_states.pt files."
+            )
+        if files.frozen_shapes != first.frozen_shapes and not _empty_experts(files, first):
+            raise MismatchError(f"{where} lists other frozen parameters than {first.model_file}.")
+        if set(files.module_names) != set(first.module_names):
+            differing = sorted(set(files.module_names) ^ set(first.module_names))[:5]
+            raise MismatchError(f"{where} and {first.model_file} describe different models: {differing}.")
+        for name, crc in files.buffer_crcs.items():
+            if crc != first.buffer_crcs.get(name):
+                raise MismatchError(
+                    f"{where}: buffer {name} differs from the one in {first.model_file}. A buffer that "
+                    "differs between ranks has no single value to convert."
+                )
+    if world != len(ranks):
+        raise UnreadableError(
+            f"{reader.root}/{first.model_file} was saved by {world} ranks (dp_world_size); the "
+            f"directory has files of {len(ranks)}. "
+            + ("Another run's files are in it." if len(ranks) > (world or 0) else "Files are missing.")
+        )
+
+
+def _empty_experts(files: RankFiles, first: RankFiles) -> bool:
+    """Whether two ranks' frozen parameters differ by nothing but experts an EP rank holds none of."""
+    differing = set(files.frozen_shapes.items()) ^ set(first.frozen_shapes.items())
+    return all(math.prod(shape) == 0 for _, shape in differing)
+
+
+class _Catalogue:
+    """Builds the catalogue from what the ranks say."""
+
+    def __init__(self, reader: Reader, ranks: list[RankFiles]) -> None:
+        self._reader, self._ranks, self._first = reader, ranks, ranks[0]
+        self._world = len(ranks)
+        self._autoep = AutoEP(reader.root, ranks)
+        self._bases: dict[tuple[int, str, tuple[int, ...]], array[int]] = {}
+        self._places = [self._place(files) for files in ranks]
+        self._scalars: dict[tuple[TensorName, str], Scalar] = {}
+
+    def _where(self, files: RankFiles) -> str:
+        return f"{self._reader.root}/{files.model_file}"
+
+    # ---- where each parameter lies in each rank's flat buffers
+
+    def _place(self, files: RankFiles) -> dict[str, Place]:
+        places: dict[str, Place] = {}
+        for index, group in enumerate(files.shapes):
+            count, own = self._partition(files, index)
+            within = 0
+            for name, shape in group:
+                if name in places:
+                    raise UnreadableError(f"{self._where(files)}: {name} is in two sub-groups.")
+                places[name] = Place(index, within, count, own, shape)
+                within += partition_size(math.prod(shape), count)
+            for state, flat in files.states[index].items():
+                if flat.numel != within:
+                    raise MismatchError(
+                        f"{self._reader.root}/{files.optim_file}: {state} of sub-group {index} has "
+                        f"{flat.numel} elements; the shapes in {files.model_file}, cut over {count} "
+                        f"ranks, make {within}. Shapes and partitions are not of the same run."
+                    )
+        return places
+
+    def _partition(self, files: RankFiles, index: int) -> tuple[int, int]:
+        """(number of ranks a sub-group is cut over, this rank's place among them)."""
+        where = f"{self._reader.root}/{files.optim_file}"
+        names = [name for name, _ in files.shapes[index]]
+        expert = [name in self._autoep.experts for name in names]
+        if any(expert) != all(expert):
+            raise UnreadableError(f"{where}: sub-group {index} mixes experts and dense parameters.")
+        is_expert = bool(expert) and expert[0]
+        expected: int = self._world
+        if is_expert:
+            entry = self._autoep.entry_of(files, names[0])
+            expected = self._world // max(1, entry["ep_size"])
+            if expected * entry["ep_size"] != self._world or (
+                entry["expert_data_parallel_world_size"] != expected
+            ):
+                raise MismatchError(
+                    f"{self._where(files)}: {entry['expert_data_parallel_world_size']} "
+                    f"expert-data-parallel ranks times ep_size {entry['ep_size']} is not the world "
+                    f"size {self._world}."
+                )
+        if files.partition_groups is None:
+            if is_expert:
+                raise UnreadableError(
+                    f"{where} lacks ds_zero_partition_groups, which says how experts are cut."
+                )
+            count: Any = files.partition_count
+            own: Any = files.rank
+            if isinstance(count, list):
+                count = count[index]
+        else:
+            if index >= len(files.partition_groups):
+                raise UnreadableError(f"{where}: ds_zero_partition_groups lacks sub-group {index}.")
+            group = files.partition_groups[index]
+            count, own = group.get("partition_count"), group.get("partition_rank")
+            members = list(group.get("partition_ranks") or range(self._world))
+            if not isinstance(own, int) or not 0 <= own < len(members) or members[own] != files.rank:
+                raise MismatchError(
+                    f"{where}: sub-group {index} lists partition_rank {own} of ranks {members}, which "
+                    f"is not this file's rank {files.rank}. The file is in another rank's place."
+                )
+        if count != expected:
+            raise MismatchError(
+                f"{where}: partition_count of sub-group {index} is {count!r}; the topology makes it "
+                f"{expected}. The metadata does not fit together."
+            )
+        return expected, int(own)
+
+    # ---- tensors
+
+    def checkpoint(self) -> Checkpoint:
+        dense = self._dense_names()
+        aliases = self._aliases(dense)
+        tensors: list[Tensor] = []
+        for name in self._model_order():
+            if name in self._autoep.experts:
+                tensors += self._expert_tensors(name)
+            elif name in self._places[0]:
+                tensors += self._dense_tensors(name)
+            elif name in self._first.frozen_shapes:
+                tensors += self._frozen_tensor(name)
+            elif name in self._first.buffers and name not in aliases:
+                tensors.append(replace(self._first.buffers[name], role=Role.BUFFER))
+        return Checkpoint(
+            format=Zero3.name,
+            root=self._reader.root,
+            dialect="autoep" if self._autoep.layers else "transformers",
+            tensors=tuple(tensors),
+            files=tuple(source for files in self._ranks for source in files.sources),
+            topology=self._topology(),
+            training=self._training(),
+            scalars=self._scalars,
+            moe_layers=tuple(self._moe_layer(prefix) for prefix in self._autoep.layers),
+            aliases=aliases,
+            notes=tuple(note for files in self._ranks[:1] for note in files.notes),
+        )
+
+    def _dense_names(self) -> set[str]:
+        """All names with values, other than experts."""
+        return (
+            {name for name in self._places[0] if name not in self._autoep.experts}
+            | set(self._first.frozen_shapes)
+            | set(self._first.buffers)
+        )
+
+    def _model_order(self) -> list[str]:
+        """Names in the order of the module tree; experts follow their router."""
+        order: list[str] = []
+        pending = dict.fromkeys(self._autoep.experts)
+        for name in self._first.module_names:
+            order.append(name)
+            if name.endswith(".router.gate.weight"):
+                prefix = name.removesuffix(".router.gate.weight") + ".experts"
+                for expert in [key for key in pending if self._autoep.experts[key][0] == prefix]:
+                    order.append(expert)
+                    del pending[expert]
+        known = set(order)
+        order += [name for name in self._places[0] if name not in known and name not in pending]
+        return order + list(pending)
+
+    def _aliases(self, named: set[str]) -> dict[str, str]:
+        """Names in 'module' that are further names of a parameter: tied weights and the router."""
+        aliases = dict(self._first.engine.get("shared_params") or {})
+        modules = [entry["module_path"] for entry in self._autoep.layers.values()]
+        for name in self._first.module_names:
+            for module in modules:
+                rest = name.removeprefix(f"{module}.gate.")
+                target = f"{module}.router.{rest}"
+                if rest == name or target not in named:
+                    continue
+                # AutoEP keeps the router reachable under its old name (moe/auto_ep_layer.py)
+                if name not in named or self._first.buffer_crcs.get(name) == self._first.buffer_crcs.get(
+                    target
+                ):
+                    aliases[name] = target
+        unknown = [name for name in self._first.module_names if name not in named | set(aliases)]
+        if unknown:
+            raise UnreadableError(
+                f"{self._where(self._first)}: 'module' names {unknown[:5]} ({len(unknown)} in all), of "
+                "which no file has values: no parameter, buffer, frozen parameter or alias."
+            )
+        return aliases
+
+    def _dense_tensors(self, name: str) -> Iterable[Tensor]:
+        shape = self._places[0][name].shape
+        for files, places in zip(self._ranks, self._places, strict=True):
+            if name not in places or places[name].shape != shape:
+                found = list(places[name].shape) if name in places else "none"
+                raise MismatchError(
+                    f"{self._where(files)}: {name} has shape {found}, in {self._first.model_file} it has "
+                    f"{list(shape)}. Ranks of one run agree on it. (A model "
+                    "whose experts were split before ZeRO-3 wrapped it saves a different share of them "
+                    "on every rank, and most are lost: such a checkpoint cannot be repaired.)"
+                )
+        yield from self._states(name, shape, range(self._world), name, Role.PARAMETER)
+
+    def _states(
+        self, name: str, shape: tuple[int, ...], group: Sequence[int], key: TensorName, role: Role
+    ) -> Iterable[Tensor]:
+        """One tensor per state of a parameter cut over the ranks ``group``, in partition order."""
+        place = self._places[group[0]][name]
+        index = place.sub_group
+        files = tuple(self._ranks[rank].optim_file for rank in group)
+        states = self._ranks[group[0]].states[index]
+        for rank in group:
+            self._check_same_slot(rank, group[0], name)
+        for state, flat in states.items():
+            regions = PartitionRegions(
+                math.prod(shape),
+                files,
+                self._base(index, state, tuple(group)),
+                place.within,
+                flat.dtype.itemsize,
+            )
+            yield Tensor(key, state, shape, flat.dtype, regions, role)
+        for state, scalar in self._ranks[group[0]].scalars[index].items():
+            self._add_scalar(key, state, scalar, self._ranks[group[0]])
+
+    def _check_same_slot(self, rank: int, first: int, name: str) -> None:
+        """Ranks of a partition group lay out their flat buffers alike, and are at the same step."""
+        ours, theirs = self._places[first][name], self._places[rank].get(name)
+        files, other = self._ranks[rank], self._ranks[first]
+        if theirs is None or theirs._replace(partition=ours.partition) != ours:
+            raise MismatchError(
+                f"{self._where(files)} and {other.model_file} place {name} differently: "
+                f"{theirs} and {ours}. They are not of the same save."
+            )
+        index = ours.sub_group
+        mine, their = files.states[index], other.states[index]
+        if {key: flat.dtype for key, flat in mine.items()} != {
+            key: flat.dtype for key, flat in their.items()
+        }:
+            raise MismatchError(
+                f"{self._reader.root}/{files.optim_file} has states {sorted(mine)} for sub-group "
+                f"{index}, {other.optim_file} has {sorted(their)}."
+            )
+        if files.scalars[index] != other.scalars[index]:
+            raise MismatchError(
+                f"{self._reader.root}/{files.optim_file} is at {_scalars(files, index)}, "
+                f"{other.optim_file} at {_scalars(other, index)}, for the same parameters. The "
+                "directory mixes files of different saves."
+            )
+
+    def _base(self, index: int, state: str, group: tuple[int, ...]) -> array[int]:
+        """Byte offset of a sub-group's flat buffer in each of its ranks' files."""
+        key = (index, state, group)
+        if key not in self._bases:
+            offsets = [self._ranks[rank].states[index][state].offset for rank in group]
+            self._bases[key] = array("q", offsets)
+        return self._bases[key]
+
+    def _add_scalar(self, key: TensorName, state: str, scalar: Scalar, files: RankFiles) -> None:
+        known = self._scalars.setdefault((key, state), scalar)
+        if known != scalar:
+            raise MismatchError(
+                f"{self._reader.root}/{files.optim_file}: {state} of {key} is {scalar.value}, on other "
+                f"EP ranks it is {known.value}. The directory mixes files of different saves."
+            )
+
+    def _frozen_tensor(self, name: str) -> Iterable[Tensor]:
+        shape = self._first.frozen_shapes[name]
+        numel, size = math.prod(shape), partition_size(math.prod(shape), self._world)
+        if name in self._autoep.experts:
+            return
+        for files in self._ranks:
+            held = files.frozen.get(name)
+            if held is None or held.numel != size:
+                raise MismatchError(
+                    f"{self._where(files)}: the fragment of the frozen parameter {name} has "
+                    f"{held.numel if held else 'no'} elements; {numel} cut over {self._world} ranks "
+                    f"make {size}."
+                )
+        dtype = self._first.frozen[name].dtype
+        regions = PartitionRegions(
+            numel,
+            tuple(files.model_file for files in self._ranks),
+            array("q", [files.frozen[name].offset for files in self._ranks]),
+            0,
+            dtype.itemsize,
+        )
+        yield Tensor(name, WEIGHT, shape, dtype, regions, Role.FROZEN)
+
+    # ---- experts
+
+    def _expert_tensors(self, name: str) -> Iterable[Tensor]:
+        prefix, projection = self._autoep.experts[name]
+        key = ExpertName(self._autoep.layer_path(prefix), projection)
+        holders = self._autoep.holders[prefix]
+        locals_: list[dict[str, Tensor]] = []
+        for ep_rank, ids in enumerate(holders):
+            if not ids:
+                locals_.append({})
+                continue
+            group = self._expert_group(prefix, name, ep_rank)
+            shape = self._places[group[0]][name].shape
+            if shape[0] != len(ids):
+                raise MismatchError(
+                    f"{self._where(self._ranks[group[0]])}: {name} has {shape[0]} experts on EP rank "
+                    f"{ep_rank}, the placement gives it {len(ids)}."
+                )
+            found = self._states(name, shape, group, key, Role.PARAMETER)
+            locals_.append({tensor.state: tensor for tensor in found})
+        yield from self._stack(key, name, holders, locals_)
+
+    def _expert_group(self, prefix: str, name: str, ep_rank: int) -> list[int]:
+        """The global ranks that share an EP rank's experts, by partition rank."""
+        by_partition: dict[int, int] = {}
+        for files in self._ranks:
+            if self._autoep.entry(files, prefix)["ep_rank"] != ep_rank:
+                continue
+            if name not in self._places[files.rank]:
+                raise MismatchError(
+                    f"{self._where(files)}: EP rank {ep_rank} should hold experts of {name}, but no "
+                    "sub-group of this rank lists it: those experts are missing."
+                )
+            own = self._places[files.rank][name].partition
+            if own in by_partition:
+                raise MismatchError(
+                    f"{self._where(files)} and {self._ranks[by_partition[own]].model_file} both claim "
+                    f"partition {own} of EP rank {ep_rank}'s experts of {prefix}: the same experts are "
+                    "owned twice, and others by nobody."
+                )
+            by_partition[own] = files.rank
+        expected = self._world // self._autoep.layers[prefix]["ep_size"]
+        if sorted(by_partition) != list(range(expected)):
+            raise MismatchError(
+                f"{self._reader.root}: of the {expected} ranks that share EP rank {ep_rank}'s experts "
+                f"of {prefix}, files claim partitions {sorted(by_partition)}. Experts are missing."
+            )
+        return [by_partition[partition] for partition in range(expected)]
+
+    def _stack(
+        self,
+        key: ExpertName,
+        name: str,
+        holders: Sequence[Sequence[int]],
+        locals_: Sequence[Mapping[str, Tensor]],
+    ) -> Iterable[Tensor]:
+        """Put the EP ranks' shares together by global expert id, state by state."""
+        shares = [share for share in locals_ if share]
+        for state, example in shares[0].items():
+            matrix = example.shape[1:]
+            size = math.prod(matrix)
+            cuts: list[Cut] = []
+            copies: list[Cut] = []
+            owned: set[int] = set()
+            for ids, share in zip(holders, locals_, strict=True):
+                if not ids:
+                    continue
+                tensor = share.get(state)
+                if tensor is None or tensor.shape[1:] != matrix or tensor.dtype != example.dtype:
+                    raise MismatchError(
+                        f"{self._reader.root}: EP ranks disagree on {name} [{state}]: "
+                        f"{tensor.shape if tensor else 'absent'} and {example.shape}."
+                    )
+                for position, first, count in _single_runs(ids, owned):
+                    cut = Cut(first * size, count * size, tensor, position * size)
+                    (copies if first in owned else cuts).append(cut)
+                owned |= set(ids)
+            shape = (len(owned), *matrix)
+            yield Tensor(
+                key,
+                state,
+                shape,
+                example.dtype,
+                CutRegions(cuts),
+                replicas=CutRegions(copies) if copies else (),
+            )
+
+    def _moe_layer(self, prefix: str) -> MoELayer:
+        entry = self._autoep.layers[prefix]
+        return MoELayer(
+            self._autoep.layer_path(prefix),
+            entry["module_path"],
+            entry["num_experts"],
+            self._autoep.holders[prefix],
+        )
+
+    # ---- everything else
+
+    def _topology(self) -> Topology:
+        if not self._autoep.layers:
+            return Topology(self._world, zero_stage=3)
+        layer, first = next(iter(self._autoep.layers.items()))
+        entries = [self._autoep.entry(files, layer) for files in self._ranks]
+        ep_size: int = first["ep_size"]
+        return Topology(
+            self._world,
+            ep_size,
+            self._world // ep_size,
+            3,
+            tuple(entry["ep_rank"] for entry in entries),
+            tuple(entry["expert_data_parallel_rank"] for entry in entries),
+        )
+
+    def _training(self) -> TrainingState:
+        engine = self._first.engine
+        per_rank = tuple(
+            key
+            for key in self._first.client
+            if any(
+                files.client_digests.get(key) != self._first.client_digests[key] for files in self._ranks
+            )
+        ) + tuple(sorted({key for files in self._ranks for key in files.client} - set(self._first.client)))
+        return TrainingState(
+            step=engine.get("global_steps"),
+            counters={
+                key: engine[key]
+                for key in ("global_steps", "skipped_steps", "global_samples")
+                if key in engine
+            },
+            param_groups=self._param_groups(),
+            scheduler=engine.get("lr_scheduler"),
+            loss_scale=self._first.loss_scale,
+            client_state={key: value for key, value in self._first.client.items() if key not in per_rank},
+            per_rank=per_rank,
+            config=engine.get("ds_config") or {},
+            engine_version=engine.get("ds_version"),
+        )
+
+    def _param_groups(self) -> tuple[ParamGroup, ...]:
+        groups = []
+        for group in self._first.param_groups:
+            names: list[TensorName] = []
+            for index in group.get("params", ()):
+                if not isinstance(index, int) or index >= len(self._first.shapes):
+                    raise UnreadableError(
+                        f"{self._reader.root}/{self._first.optim_file}: a parameter group refers to "
+                        f"sub-group {index!r}, of {len(self._first.shapes)}."
+                    )
+                for name, _ in self._first.shapes[index]:
+                    if name in self._autoep.experts:
+                        prefix, projection = self._autoep.experts[name]
+                        names.append(ExpertName(self._autoep.layer_path(prefix), projection))
+                    else:
+                        names.append(name)
+            options = {key: value for key, value in group.items() if key != "params"}
+            groups.append(ParamGroup(options, tuple(names)))
+        return tuple(groups)
+
+
+def _scalars(files: RankFiles, index: int) -> str:
+    return ", ".join(f"{key} {scalar.value}" for key, scalar in files.scalars[index].items())
+
+
+def _single_runs(ids: Sequence[int], owned: set[int]) -> Iterable[tuple[int, int, int]]:
+    """Runs of consecutive ids, cut where ids another EP rank owns begin or end."""
+    for position, first, count in consecutive(ids):
+        begin = 0
+        for step in range(1, count + 1):
+            if step == count or (first + step in owned) != (first + step - 1 in owned):
+                yield position + begin, first + begin, step - begin
+                begin = step
