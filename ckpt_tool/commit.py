@@ -1,0 +1,192 @@
+"""Publishing: a target appears complete or not at all.
+
+Files are written into a staging directory beside the target. A journal there records the command and
+every file that is complete and durable, so that the same command goes on where a killed run stopped,
+and any other command refuses. When all is written, one rename publishes the directory. A manifest in
+it says where it came from and holds checksums of every byte.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_tool.errors import UnreadableError, UsageError
+from ckpt_tool.execute.local import WrittenExtent, WrittenFile
+from ckpt_tool.layout import TargetFile
+from ckpt_tool.storage import sync_directory
+
+MANIFEST = "ckpt_tool_manifest.json"
+MANIFEST_VERSION = 1
+_JOURNAL = ".ckpt_tool_journal"
+
+
+class Staging:
+    """The directory beside ``target`` in which it is prepared.
+
+    Args:
+        target: the final path. It must not exist, or be empty, unless ``overwrite``.
+        identity: the command, its parameters and the source: what a resumed run must share.
+        fsync: make the result durable before publishing it.
+
+    Raises:
+        UsageError: the target exists, or its staging directory belongs to another command.
+    """
+
+    def __init__(self, target: Path, identity: Mapping[str, Any], *, overwrite: bool, fsync: bool) -> None:
+        self.target = target
+        self.path = target.parent / f".{target.name}.ckpt-tool-staging"
+        self._identity = dict(identity)
+        self._fsync = fsync
+        if not overwrite and _occupied(target):
+            raise UsageError(
+                f"{target} exists. Choose another destination, or pass --overwrite to replace it."
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(exist_ok=True)
+        self._journal = os.open(self.path / _JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.done = self._take_over()
+
+    def _take_over(self) -> dict[str, WrittenFile]:
+        """Lock the journal; return the files an earlier run of this command completed."""
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._journal)
+            raise UsageError(f"{self.path} is in use by another run of ckpt-tool.") from None
+        lines = _lines(os.pread(self._journal, os.fstat(self._journal).st_size, 0))
+        if not lines:
+            self._record(self._identity)
+            return {}
+        if lines[0] != json.loads(json.dumps(self._identity)):
+            os.close(self._journal)
+            raise UsageError(
+                f"{self.path} was left by another command ({_summary(lines[0])}). Run that command "
+                f"again to go on with it, or remove the directory: rm -r '{self.path}'"
+            )
+        done: dict[str, WrittenFile] = {}
+        for line in lines[1:]:
+            extents = tuple(WrittenExtent(*extent) for extent in line["extents"])
+            file = WrittenFile(line["path"], line["size"], extents)
+            path = self.path / file.path
+            if path.is_file() and path.stat().st_size == file.size:
+                done[file.path] = file
+        for path in self.path.rglob("*"):
+            relative = str(path.relative_to(self.path))
+            if path.is_file() and relative not in done and relative != _JOURNAL:
+                path.unlink()
+        return done
+
+    def is_done(self, file: TargetFile) -> bool:
+        return file.path in self.done and self.done[file.path].size == file.size
+
+    def add(self, file: WrittenFile) -> None:
+        """Note a file as complete."""
+        self.done[file.path] = file
+        self._record({"path": file.path, "size": file.size, "extents": file.extents})
+
+    def _record(self, entry: Mapping[str, Any]) -> None:
+        os.lseek(self._journal, 0, os.SEEK_END)
+        os.write(self._journal, json.dumps(entry).encode() + b"\n")
+        if self._fsync:
+            os.fsync(self._journal)
+
+    def publish(self) -> None:
+        """Write the manifest and move the directory to its final name."""
+        manifest = {
+            "manifest_version": MANIFEST_VERSION,
+            **self._identity,
+            "files": [
+                {"path": file.path, "size": file.size, "extents": file.extents}
+                for _, file in sorted(self.done.items())
+            ],
+        }
+        (self.path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        if self._fsync:
+            with (self.path / MANIFEST).open("rb") as written:
+                os.fsync(written.fileno())
+        (self.path / _JOURNAL).unlink()
+        if self._fsync:
+            for directory, _, _ in os.walk(self.path):
+                sync_directory(directory)
+        old = self.target.parent / f".{self.target.name}.ckpt-tool-replaced"
+        if _occupied(self.target):
+            shutil.rmtree(old, ignore_errors=True)
+            self.target.rename(old)
+        elif self.target.is_dir():
+            self.target.rmdir()
+        self.path.rename(self.target)
+        if self._fsync:
+            sync_directory(self.target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go of the directory; remove it where it holds nothing worth going on with."""
+        os.close(self._journal)
+        if not self.done:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _occupied(path: Path) -> bool:
+    if path.is_dir() and not path.is_symlink():
+        return any(path.iterdir())
+    return path.exists() or path.is_symlink()
+
+
+def _lines(data: bytes) -> list[Any]:
+    """The journal's entries; a last line cut off by a crash is dropped."""
+    entries = []
+    for line in data.split(b"\n")[:-1]:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+def _summary(identity: Mapping[str, Any]) -> str:
+    parameters = identity.get("parameters", {})
+    return " ".join(f"{key}={value}" for key, value in parameters.items()) or "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a directory written by ckpt-tool says about itself."""
+
+    identity: Mapping[str, Any]
+    files: tuple[WrittenFile, ...]
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a directory; None where it has none.
+
+    Raises:
+        UnreadableError: it is damaged, or of a version this release does not know.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text())
+        if data["manifest_version"] != MANIFEST_VERSION:
+            raise UnreadableError(
+                f"{path} is of version {data['manifest_version']}; this release of ckpt-tool reads "
+                f"version {MANIFEST_VERSION}. Use the release that wrote it."
+            )
+        files = tuple(
+            WrittenFile(
+                file["path"],
+                file["size"],
+                tuple(WrittenExtent(*extent) for extent in file["extents"]),
+            )
+            for file in data["files"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnreadableError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+    return Manifest({key: value for key, value in data.items() if key != "files"}, files)

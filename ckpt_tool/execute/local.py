@@ -1,0 +1,217 @@
+"""Carry out a plan on this machine: a few threads, each with its own two buffers, no torch but for casts.
+
+The work is ordered by target file. A worker takes one extent, reads it tile by tile from wherever its
+elements lie, casts if asked, checksums, and writes it in place. Whoever finishes a file's last extent
+seals the file: CRCs into their slots, literals written, data made durable.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import xxhash
+from isal import isal_zlib
+
+from ckpt_tool.canonical import DType, Region
+from ckpt_tool.errors import ExecutionError
+from ckpt_tool.execute.budget import MIB, Budget
+from ckpt_tool.execute.meter import Meter
+from ckpt_tool.execute.threads import in_parallel
+from ckpt_tool.layout import Fill, TargetFile
+from ckpt_tool.plan import Extent, Plan, copies, extents
+from ckpt_tool.storage import Reader, Writer
+
+EXTENT_BYTES = 32 * MIB
+
+
+class WrittenExtent(NamedTuple):
+    """A checksummed range of a written file."""
+
+    offset: int
+    length: int
+    xxh3: str
+
+
+class WrittenFile(NamedTuple):
+    path: str
+    size: int
+    extents: tuple[WrittenExtent, ...]
+
+
+@dataclass
+class _OpenFile:
+    """A file in the making. ``left`` counts the extents still to be written."""
+
+    target: TargetFile
+    runs: list[list[Region]]
+    left: int
+    crcs: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    written: list[WrittenExtent] = field(default_factory=list)
+
+
+def execute(
+    plan: Plan,
+    source: Reader,
+    sink: Writer,
+    budget: Budget,
+    *,
+    meter: Meter,
+    skip: Callable[[TargetFile], bool],
+    on_file: Callable[[WrittenFile], None],
+) -> None:
+    """Write every file of ``plan`` into ``sink``.
+
+    Args:
+        meter: told of every tile written.
+        skip: files that are there already.
+        on_file: told of every finished file, one call at a time.
+
+    Raises:
+        CkptToolError: the first failure of any worker; files not finished by then are removed.
+    """
+    files = [file for file in plan.files if not skip(file)]
+    meter.start(sum(file.size for file in files))
+    run = _Run(source, sink, meter, on_file)
+    try:
+        in_parallel(run.units(files), lambda: _Tile(budget.tile), run.one, budget.workers, run.stop)
+    finally:
+        sink.close()
+
+
+class _Run:
+    """What the workers share."""
+
+    def __init__(
+        self,
+        source: Reader,
+        sink: Writer,
+        meter: Meter,
+        on_file: Callable[[WrittenFile], None],
+    ) -> None:
+        self._source, self._sink, self._meter, self._on_file = source, sink, meter, on_file
+        self._lock = threading.Lock()
+        self.stop = threading.Event()
+
+    def units(self, files: Iterable[TargetFile]) -> Iterator[tuple[_OpenFile, Extent | None]]:
+        """All units of work; opens each file as its first unit is handed out."""
+        for target in files:
+            self._sink.create(target.path, target.size)
+            units = list(extents(target, EXTENT_BYTES))
+            opened = _OpenFile(target, [copies(fill) for fill in target.fills], max(1, len(units)))
+            if not units:
+                yield opened, None
+            for unit in units:
+                yield opened, unit
+
+    def one(self, tile: _Tile, item: tuple[_OpenFile, Extent | None]) -> None:
+        """Write one unit; whoever writes a file's last one seals it."""
+        file, unit = item
+        if unit is not None and not self._fill(tile, file, unit):
+            return
+        with self._lock:
+            file.left -= 1
+            last = file.left == 0
+        if last:
+            self._seal(file)
+
+    def _fill(self, tile: _Tile, file: _OpenFile, unit: Extent) -> bool:
+        """Write one extent; False where the run was stopped on the way."""
+        fill = file.target.fills[unit.fill]
+        itemsize = fill.dtype.itemsize
+        crc, digest = 0, xxhash.xxh3_64()
+        for start, numel in tile.steps(fill, unit):
+            if self.stop.is_set():
+                return False
+            data = tile.load(self._source, file.runs[unit.fill], fill, start, numel)
+            crc = isal_zlib.crc32(data, crc)
+            digest.update(data)
+            self._sink.write(file.target.path, fill.offset + start * itemsize, data)
+            self._meter.add(len(data))
+        length = unit.numel * itemsize
+        with self._lock:
+            file.crcs[unit.fill, unit.start] = (crc, length)
+            offset = fill.offset + unit.start * itemsize
+            file.written.append(WrittenExtent(offset, length, digest.hexdigest()))
+        return True
+
+    def _seal(self, file: _OpenFile) -> None:
+        target = file.target
+        crcs = [0] * len(target.fills)
+        for (fill, _), (crc, length) in sorted(file.crcs.items()):
+            crcs[fill] = isal_zlib.crc32_combine(crcs[fill], crc, length)
+        for literal in target.literals:
+            data = bytearray(literal.data)
+            for slot in target.crc_slots:
+                at = slot.offset - literal.offset
+                if 0 <= at < len(data):
+                    data[at : at + 4] = crcs[slot.fill].to_bytes(4, "little")
+            self._sink.write(target.path, literal.offset, bytes(data))
+            self._meter.add(len(data))
+            file.written.append(WrittenExtent(literal.offset, len(data), xxhash.xxh3_64_hexdigest(data)))
+        self._sink.finish(target.path)
+        with self._lock:
+            self._on_file(WrittenFile(target.path, target.size, tuple(sorted(file.written))))
+
+
+class _Tile:
+    """One worker's two buffers."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._read = memoryview(bytearray(size))
+        self._cast = memoryview(bytearray(0))
+
+    def steps(self, fill: Fill, unit: Extent) -> Iterator[tuple[int, int]]:
+        """Cut an extent into (start, numel) that fit the buffers on both sides of a cast."""
+        step = self._size // max(fill.dtype.itemsize, fill.tensor.dtype.itemsize)
+        end = unit.start + unit.numel
+        for start in range(unit.start, end, step):
+            yield start, min(step, end - start)
+
+    def load(self, source: Reader, runs: list[Region], fill: Fill, start: int, numel: int) -> memoryview:
+        """The bytes of ``numel`` elements of ``fill`` from ``start`` on, as they are to be stored."""
+        tensor = fill.tensor
+        raw = self._read[: numel * tensor.dtype.itemsize]
+        gather(source, runs, fill.start + start, numel, tensor.dtype.itemsize, raw)
+        if fill.dtype is tensor.dtype:
+            return raw
+        if not self._cast:
+            self._cast = memoryview(bytearray(self._size))
+        out = self._cast[: numel * fill.dtype.itemsize]
+        cast(raw, tensor.dtype, out, fill.dtype)
+        return out
+
+
+def gather(
+    source: Reader, runs: list[Region], start: int, numel: int, itemsize: int, buffer: memoryview
+) -> None:
+    """Read elements ``start .. start + numel`` of a tensor, whose sorted ``runs`` are given."""
+    end, position = start + numel, start
+    index = bisect_right(runs, start, key=lambda run: run.start) - 1
+    while position < end:
+        run = runs[index]
+        count = min(end, run.start + run.numel) - position
+        at = (position - start) * itemsize
+        source.read_into(
+            run.file,
+            run.offset + (position - run.start) * itemsize,
+            buffer[at : at + count * itemsize],
+        )
+        position += count
+        index += 1
+
+
+def cast(data: memoryview, source: DType, out: memoryview, target: DType) -> None:
+    """Convert floats between dtypes, rounding to nearest even as torch does, without allocating."""
+    if not (source.is_float and target.is_float):
+        raise ExecutionError(f"A cast from {source} to {target} is not supported.")
+    import torch
+
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+    values = torch.frombuffer(data, dtype=getattr(torch, source.torch_name))
+    torch.frombuffer(out, dtype=getattr(torch, target.torch_name)).copy_(values)

@@ -1,0 +1,121 @@
+"""Planning: a layout and a source catalogue in, a checked list of copies out. Pure, no tensor bytes.
+
+The plan is the whole argument that a conversion is right: every byte of every target file is written
+exactly once, every element of every source tensor is used or named as left out, and whatever cannot be
+accounted for refuses the conversion before a byte is written. The same inputs give the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ckpt_tool.canonical import Region, Tensor, runs
+from ckpt_tool.errors import CkptToolError, CoverageError
+from ckpt_tool.layout import Fill, Layout, TargetFile
+
+
+class Cast(NamedTuple):
+    """Tensors whose dtype changes, for the report."""
+
+    label: str
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A layout that was found to be complete, with its totals in bytes.
+
+    The copies themselves are computed file by file when they are needed (``copies``), because a large
+    checkpoint has millions.
+    """
+
+    layout: Layout
+    bytes_read: int
+    bytes_written: int
+    casts: tuple[Cast, ...]
+
+    @property
+    def files(self) -> tuple[TargetFile, ...]:
+        return self.layout.files
+
+
+def copies(fill: Fill) -> list[Region]:
+    """Where the elements of a fill come from, in target order; ``start`` counts from the tensor's start."""
+    return runs(fill.tensor, fill.start, fill.numel)
+
+
+def make_plan(layout: Layout) -> Plan:
+    """Check a layout against the catalogue it draws from, ``layout.source``.
+
+    Raises:
+        CoverageError: a source element is missing or ambiguous, a source tensor is neither used nor
+            named as left out, or a target file has a gap or an overlap.
+    """
+    used: dict[str, list[tuple[int, int]]] = {}
+    casts: dict[str, Cast] = {}
+    bytes_read = bytes_written = 0
+    paths: set[str] = set()
+    for file in layout.files:
+        if file.path in paths:
+            raise CkptToolError(f"The target would have two files named {file.path}.")
+        paths.add(file.path)
+        _check_tiling(file)
+        bytes_written += file.size
+        for fill in file.fills:
+            tensor = fill.tensor
+            bytes_read += sum(run.numel for run in copies(fill)) * tensor.dtype.itemsize
+            used.setdefault(tensor.label(), []).append((fill.start, fill.start + fill.numel))
+            if fill.dtype is not tensor.dtype:
+                label = tensor.label()
+                casts[label] = Cast(label, str(tensor.dtype), str(fill.dtype))
+    for tensor in layout.source:
+        _check_use(tensor, used.get(tensor.label(), []), layout)
+    return Plan(layout, bytes_read, bytes_written, tuple(casts.values()))
+
+
+def _check_use(tensor: Tensor, ranges: list[tuple[int, int]], layout: Layout) -> None:
+    if tensor.label() in layout.left_out:
+        return
+    position = 0
+    for low, high in sorted(ranges):
+        if low > position:
+            break
+        position = max(position, high)
+    if position < tensor.numel or not ranges:
+        raise CoverageError(
+            f"{tensor.element(position) if tensor.numel else tensor.label()}: the target has no place "
+            "for it and it is not named as left out. This is a bug in ckpt-tool; nothing was written."
+        )
+
+
+def _check_tiling(file: TargetFile) -> None:
+    spans = sorted(
+        [(part.offset, part.offset + len(part.data)) for part in file.literals]
+        + [(fill.offset, fill.offset + fill.nbytes) for fill in file.fills if fill.numel]
+    )
+    position = 0
+    for low, high in spans:
+        if low != position:
+            raise CoverageError(f"{file.path}: bytes {position} to {low} of the layout do not tile.")
+        position = high
+    if position != file.size:
+        raise CoverageError(f"{file.path}: the layout covers {position} of {file.size} bytes.")
+
+
+class Extent(NamedTuple):
+    """A unit of work: elements ``start .. start + numel`` (counted within the fill) of one fill."""
+
+    fill: int
+    start: int
+    numel: int
+
+
+def extents(file: TargetFile, max_bytes: int) -> Iterator[Extent]:
+    """Cut a file's fills into units of at most ``max_bytes`` of the target."""
+    for index, fill in enumerate(file.fills):
+        step = max(1, max_bytes // fill.dtype.itemsize)
+        for start in range(0, fill.numel, step):
+            yield Extent(index, start, min(step, fill.numel - start))
