@@ -1,0 +1,5 @@
+"""``python -m ckpt_tool``."""
+
+from ckpt_tool.cli import main
+
+main()

@@ -1,0 +1,378 @@
+"""The verbs as functions: open, convert, consolidate, verify. The command line is a thin shell over them.
+
+    import ckpt_tool
+    checkpoint = ckpt_tool.open("run/checkpoints")
+    ckpt_tool.convert("run/checkpoints", "universal", to="universal", verify=True)
+
+All raise ``ckpt_tool.CkptToolError`` with a message a user can act on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ckpt_tool import __version__
+from ckpt_tool.canonical import Checkpoint, DType
+from ckpt_tool.commit import MANIFEST, Staging, read_manifest
+from ckpt_tool.errors import ExecutionError, MismatchError, UnreadableError, UsageError
+from ckpt_tool.execute.budget import MIB, Budget
+from ckpt_tool.execute.local import execute
+from ckpt_tool.execute.meter import Meter, Silent
+from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.registry import TARGETS, locate, open_checkpoint
+from ckpt_tool.plan import Plan, make_plan
+from ckpt_tool.storage import LocalReader, LocalWriter, Reader
+from ckpt_tool.verify import Verdict, check, check_replicas, compare
+
+PathLike = str | os.PathLike[str]
+
+DEFAULT_MAX_MEMORY = 1024 * MIB
+# Beside its weights, what a published model directory consists of.
+_CARRIED_OVER = tuple(
+    "generation_config.json tokenizer special_tokens_map.json added_tokens.json vocab merges.txt "
+    "chat_template preprocessor_config.json spiece.model".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How to carry out a plan: the memory all buffers may hold together (bytes), threads, durability."""
+
+    max_memory: int = DEFAULT_MAX_MEMORY
+    workers: int | None = None
+    fsync: bool = True
+    overwrite: bool = False
+    meter: Meter = field(default_factory=Silent)
+
+    def budget(self) -> Budget:
+        return Budget.share(self.max_memory, self.workers or default_workers())
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a conversion did, or with ``dry_run`` would do. Sizes in bytes."""
+
+    source: str
+    source_format: str
+    target: str
+    bytes_read: int
+    bytes_written: int
+    files: int
+    peak_memory_bytes: int
+    left_out: Mapping[str, str]
+    casts: tuple[tuple[str, str, str], ...]
+    notes: tuple[str, ...]
+    verdict: Verdict | None = None
+
+    @property
+    def disk_bytes(self) -> int:
+        return self.bytes_written
+
+
+def default_workers() -> int:
+    """Two threads per core hide the latency of storage; more than eight gain nothing on one machine."""
+    return min(8, 2 * (os.cpu_count() or 1))
+
+
+def open(path: PathLike) -> Checkpoint:
+    """Read the catalogue of a checkpoint: metadata only, whatever its size."""
+    return open_checkpoint(Path(path))[1]
+
+
+def convert(
+    source: PathLike,
+    target: PathLike,
+    *,
+    to: str,
+    dtype: str | None = None,
+    config: PathLike | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    keep_groups: bool = False,
+    verify: bool = False,
+    dry_run: bool = False,
+    how: Execution | None = None,
+) -> Result:
+    """Write the checkpoint at ``source`` in another format into the new directory ``target``.
+
+    Args:
+        to: ``universal`` or ``hf``.
+        dtype: cast floats to ``fp32``, ``bf16`` or ``fp16``; None keeps what is stored.
+        config: a model's ``config.json``, or a directory with one.
+        max_shard_bytes: largest safetensors file.
+        keep_groups: write the source's optimizer group settings into a Universal checkpoint.
+        verify: compare the result with the source, bit for bit, before it is published.
+        dry_run: plan and check everything, write nothing.
+
+    Raises:
+        CkptToolError: see the message; nothing is left under the target's name.
+    """
+    how = how or Execution()
+    if to not in TARGETS:
+        raise UsageError(f"--to {to!r} is not a target; choose from {', '.join(sorted(TARGETS))}.")
+    budget = how.budget()
+    reader, checkpoint = open_checkpoint(Path(source))
+    try:
+        model_config, extra = _config(Path(source), config) if to == "hf" else (None, {})
+        options = TargetOptions(parse_dtype(dtype), model_config, max_shard_bytes, keep_groups, extra)
+        layout = TARGETS[to].layout(checkpoint, options)
+        plan = make_plan(layout)
+        destination = Path(os.path.abspath(target))  # noqa: PTH100 (keep symlinks as the user wrote them)
+        verdict = None
+        if not dry_run:
+            _refuse_own_source(Path(reader.root), destination)
+            check_replicas(checkpoint, reader, budget)
+            verdict = _carry_out(plan, reader, checkpoint, destination, to, options, how, budget, verify)
+    finally:
+        reader.close()
+    return Result(
+        source=checkpoint.root,
+        source_format=checkpoint.format,
+        target=str(target),
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        files=len(plan.files),
+        peak_memory_bytes=budget.nbytes,
+        left_out=layout.left_out,
+        casts=tuple((cast.label, cast.source, cast.target) for cast in plan.casts),
+        notes=layout.notes,
+        verdict=verdict,
+    )
+
+
+def consolidate(
+    source: PathLike,
+    target: PathLike,
+    *,
+    dtype: str | None = "fp32",
+    config: PathLike | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    verify: bool = False,
+    dry_run: bool = False,
+    how: Execution | None = None,
+) -> Result:
+    """Write Hugging Face safetensors ready for ``from_pretrained``: fp32 from the masters by default."""
+    return convert(
+        source,
+        target,
+        to="hf",
+        dtype=dtype,
+        config=config,
+        max_shard_bytes=max_shard_bytes,
+        verify=verify,
+        dry_run=dry_run,
+        how=how,
+    )
+
+
+def verify(
+    a: PathLike,
+    b: PathLike | None = None,
+    *,
+    config: PathLike | None = None,
+    how: Execution | None = None,
+) -> Verdict:
+    """One checkpoint: coverage, manifest and archive checksums. Two: equal bit for bit, canonically."""
+    how = how or Execution()
+    budget = how.budget()
+    reader, checkpoint = open_checkpoint(Path(a))
+    try:
+        if b is None:
+            root = _manifest_root(Path(reader.root))
+            return check(
+                checkpoint,
+                reader,
+                read_manifest(root),
+                root,
+                LocalReader(root),
+                budget,
+                meter=how.meter,
+            )
+        other_reader, other = open_checkpoint(Path(b))
+        try:
+            found = _read_config(Path(config)) if config is not None else None
+            return compare(checkpoint, other, (reader, other_reader), budget, config=found, meter=how.meter)
+        finally:
+            other_reader.close()
+    finally:
+        reader.close()
+
+
+def parse_dtype(name: str | None) -> DType | None:
+    """``fp32``, ``bf16``, ``fp16`` (or torch's names); ``keep`` and None keep what is stored."""
+    if name is None or name == "keep":
+        return None
+    known = {"fp32": DType.float32, "bf16": DType.bfloat16, "fp16": DType.float16}
+    known |= {dtype.torch_name: dtype for dtype in list(known.values())}
+    if name not in known:
+        raise UsageError(f"--dtype {name!r} is not one of keep, fp32, bf16, fp16.")
+    return known[name]
+
+
+# ---- carrying out
+
+
+def _carry_out(
+    plan: Plan,
+    reader: Reader,
+    checkpoint: Checkpoint,
+    destination: Path,
+    to: str,
+    options: TargetOptions,
+    how: Execution,
+    budget: Budget,
+    verify_result: bool,
+) -> Verdict | None:
+    staging = Staging(
+        destination,
+        _identity(plan, checkpoint, to, options),
+        overwrite=how.overwrite,
+        fsync=how.fsync,
+    )
+    verdict = None
+    try:
+        left = plan.bytes_written - sum(file.size for file in staging.done.values())
+        _check_disk(staging.path, left)
+        execute(
+            plan,
+            reader,
+            LocalWriter(staging.path, fsync=how.fsync),
+            budget,
+            meter=how.meter,
+            skip=staging.is_done,
+            on_file=staging.add,
+        )
+        if verify_result:
+            verdict = _verify_result(staging.path, reader, checkpoint, options, budget, how)
+        staging.publish()
+    finally:
+        staging.close()
+    return verdict
+
+
+def _verify_result(
+    path: Path,
+    reader: Reader,
+    checkpoint: Checkpoint,
+    options: TargetOptions,
+    budget: Budget,
+    how: Execution,
+) -> Verdict:
+    written_reader, written = open_checkpoint(path)
+    try:
+        verdict = compare(
+            checkpoint,
+            written,
+            (reader, written_reader),
+            budget,
+            config=options.config,
+            meter=how.meter,
+        )
+    finally:
+        written_reader.close()
+    if not verdict.passed:
+        raise ExecutionError(
+            f"The result is not what was converted: {verdict.differences[0].message} "
+            f"({len(verdict.differences)} differences). Nothing was published; what was written is in "
+            f"{path}. This is a bug in ckpt-tool or failing storage."
+        )
+    return verdict
+
+
+def _identity(plan: Plan, checkpoint: Checkpoint, to: str, options: TargetOptions) -> dict[str, Any]:
+    """What makes two runs the same conversion; also the head of the manifest. No paths, no times."""
+    digest = xxhash.xxh3_128()
+    for file in sorted(checkpoint.files):
+        digest.update(f"{file.path}\0{file.size}\0{file.fingerprint}\n".encode())
+    for target in plan.files:
+        digest.update(f"{target.path}\0{target.size}\n".encode())
+        for literal in target.literals:
+            digest.update(literal.data)
+    return {
+        "tool": f"ckpt-tool {__version__}",
+        "source": {
+            "format": checkpoint.format,
+            "name": Path(checkpoint.root).name,
+            "step": checkpoint.training.step,
+            "bytes": sum(file.size for file in checkpoint.files),
+            "files": len(checkpoint.files),
+        },
+        "parameters": {
+            "to": to,
+            "dtype": str(options.dtype or "keep"),
+            "max_shard_bytes": options.max_shard_bytes,
+            "keep_groups": options.keep_groups,
+        },
+        "identity": digest.hexdigest(),
+    }
+
+
+def _check_disk(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise ExecutionError(
+            f"{path.parent}: the result needs {needed} bytes, the disk has {free} free. Free some space "
+            "or choose another destination."
+        )
+
+
+def _refuse_own_source(source: Path, destination: Path) -> None:
+    resolved, root = destination.resolve(), source.resolve()
+    if resolved == root or resolved in root.parents:
+        raise UsageError(f"{destination} contains the source; it would be replaced. Choose another.")
+
+
+def _manifest_root(directory: Path) -> Path:
+    """A Universal checkpoint's manifest lies beside its tag file, one level up."""
+    if not (directory / MANIFEST).is_file() and (directory.parent / MANIFEST).is_file():
+        return directory.parent
+    return directory
+
+
+# ---- the model's config
+
+
+def _config(source: Path, given: PathLike | None) -> tuple[Mapping[str, Any] | None, dict[str, bytes]]:
+    """The config to use, and the small files beside it that are carried over.
+
+    Without ``--config``: a config.json in the checkpoint's directory or the one above, where trainers
+    put it.
+    """
+    if given is not None:
+        path = Path(given)
+        return _read_config(path), _beside(path) if path.is_dir() else {}
+    root = locate(source)
+    for directory in (root, root.parent):
+        if (directory / "config.json").is_file():
+            return _read_config(directory), _beside(directory)
+    return None, {}
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{file} does not exist. Pass a config.json or a directory with one.") from None
+    except (ValueError, OSError) as error:
+        raise UnreadableError(f"{file} is not a readable config.json ({error}).") from error
+    if not isinstance(config, dict):
+        raise UnreadableError(f"{file} is not a config.json: it holds no JSON object.")
+    if "model_type" not in config:
+        raise MismatchError(f"{file} has no model_type, so it does not say which model this is.")
+    return config
+
+
+def _beside(directory: Path) -> dict[str, bytes]:
+    return {
+        entry.name: entry.read_bytes()
+        for entry in sorted(directory.iterdir())
+        if entry.is_file() and entry.name.startswith(_CARRIED_OVER)
+    }

@@ -1,0 +1,346 @@
+"""The command line: options in, one call of the API, a report out. Heavy imports wait for their use."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ckpt_tool import __version__
+
+if TYPE_CHECKING:
+    from ckpt_tool.api import Execution, Result
+    from ckpt_tool.report import Progress
+    from ckpt_tool.verify import Verdict
+
+_EPILOG = (
+    "Exit codes: 0 done; 1 found wrong (verify); 2 usage; 3 unreadable or unsupported input; 4 failed "
+    "while running; 130 interrupted."
+)
+
+app = typer.Typer(
+    name="ckpt-tool",
+    no_args_is_help=True,
+    add_completion=False,
+    epilog=_EPILOG,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Convert, consolidate and inspect Mixture-of-Experts training checkpoints in bounded memory.",
+)
+
+Source = Annotated[
+    Path,
+    typer.Argument(help="A checkpoint: its tag directory, the parent with a `latest` file, or a file."),
+]
+Destination = Annotated[Path, typer.Argument(help="The new directory.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+MaxMemory = Annotated[
+    str,
+    typer.Option("--max-memory", metavar="SIZE", help="Bytes all buffers may hold together: 512MiB, 2GB."),
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Threads. Default: two per core, at most 8.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Plan and check everything, print totals, write nothing.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the destination if it exists.")]
+NoFsync = Annotated[bool, typer.Option("--no-fsync", help="Do not wait for the disk before publishing.")]
+VerifyResult = Annotated[
+    bool,
+    typer.Option("--verify", help="Compare the result with the source, bit for bit, before publishing it."),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="The model's config.json, or a directory with it; its tokenizer is carried over."
+    ),
+]
+ShardSize = Annotated[
+    str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest safetensors file.")
+]
+_MEMORY = "1GiB"
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"ckpt-tool {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def inspect(
+    src: Source,
+    tensors: Annotated[
+        str | None,
+        typer.Option("--tensors", metavar="[GLOB]", help="List tensors, those that match GLOB if given."),
+    ] = None,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="Which rank and file holds which expert.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Say what a checkpoint is: format, topology, sizes, MoE layers, states. Reads metadata only."""
+    from ckpt_tool import api, inspection, report
+
+    checkpoint = api.open(src)
+    found = inspection.overview(checkpoint)
+    tensor_rows = inspection.tensor_rows(checkpoint, tensors) if tensors is not None else None
+    expert_rows = inspection.expert_rows(checkpoint) if experts else None
+    if json:
+        extra: dict[str, Any] = {}
+        if tensor_rows is not None:
+            extra["tensors"] = tensor_rows
+        if expert_rows is not None:
+            extra["experts"] = expert_rows
+        report.print_json({**found, **extra})
+        return
+    report.print_fields(str(src), inspection.overview_lines(found))
+    if tensor_rows is not None:
+        report.print_table(*inspection.tensor_table(tensor_rows), right={"bytes"})
+    if expert_rows is not None:
+        report.print_table(*inspection.expert_table(expert_rows), right={"layer", "expert"})
+
+
+@app.command()
+def convert(
+    src: Source,
+    dst: Destination,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="universal or hf.")],
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="DTYPE", help="keep, fp32, bf16 or fp16 (hf only).")
+    ] = "keep",
+    config: Config = None,
+    max_shard_size: ShardSize = "5GB",
+    keep_groups: Annotated[
+        bool,
+        typer.Option("--keep-groups", help="Universal: write the source's lr, decay, ... instead of none."),
+    ] = False,
+    verify: VerifyResult = False,
+    max_memory: MaxMemory = _MEMORY,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    no_fsync: NoFsync = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checkpoint in another format."""
+    from ckpt_tool import api
+
+    with _progress("convert", quiet or json) as progress:
+        result = api.convert(
+            src,
+            dst,
+            to=to,
+            dtype=dtype,
+            config=config,
+            max_shard_bytes=parse_size(max_shard_size),
+            keep_groups=keep_groups,
+            verify=verify,
+            dry_run=dry_run,
+            how=_execution(max_memory, workers, no_fsync, overwrite, progress),
+        )
+    _print_result(result, dry_run=dry_run, json=json, quiet=quiet)
+
+
+@app.command()
+def consolidate(
+    src: Source,
+    dst: Destination,
+    config: Config = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="DTYPE", help="fp32, bf16, fp16, or keep.")
+    ] = "fp32",
+    max_shard_size: ShardSize = "5GB",
+    verify: VerifyResult = False,
+    max_memory: MaxMemory = _MEMORY,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    no_fsync: NoFsync = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write Hugging Face safetensors for `from_pretrained`: fp32 from the masters by default."""
+    from ckpt_tool import api
+
+    with _progress("consolidate", quiet or json) as progress:
+        result = api.consolidate(
+            src,
+            dst,
+            dtype=dtype,
+            config=config,
+            max_shard_bytes=parse_size(max_shard_size),
+            verify=verify,
+            dry_run=dry_run,
+            how=_execution(max_memory, workers, no_fsync, overwrite, progress),
+        )
+    _print_result(result, dry_run=dry_run, json=json, quiet=quiet)
+
+
+@app.command()
+def verify(
+    a: Source,
+    b: Annotated[Path | None, typer.Argument(help="A second checkpoint to compare with.")] = None,
+    config: Config = None,
+    max_memory: MaxMemory = _MEMORY,
+    workers: Workers = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """One checkpoint: coverage and checksums. Two: equal bit for bit, whatever their formats."""
+    from ckpt_tool import api
+
+    with _progress("verify", quiet or json) as progress:
+        verdict = api.verify(
+            a, b, config=config, how=_execution(max_memory, workers, True, False, progress)
+        )
+    _print_verdict(verdict, json=json, quiet=quiet)
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    directory: Annotated[
+        Path | None, typer.Argument(help="Where to write the results. Default: a temporary directory.")
+    ] = None,
+) -> None:
+    """The main job on a small real checkpoint: inspect, convert, consolidate, verify."""
+    from ckpt_tool.demo import run
+
+    run(directory)
+
+
+# ---- shared by the commands
+
+
+def parse_size(text: str) -> int:
+    """``1GiB``, ``512MiB``, ``5GB``, ``1000000`` -> bytes."""
+    from ckpt_tool.errors import UsageError
+
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{text!r} is not a size. Write it like 512MiB, 2GB or 1000000.")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
+
+
+def _progress(label: str, quiet: bool) -> Progress:
+    from ckpt_tool.report import Progress
+
+    return Progress(label, quiet=quiet)
+
+
+def _execution(
+    max_memory: str, workers: int | None, no_fsync: bool, overwrite: bool, progress: Progress
+) -> Execution:
+    from ckpt_tool.api import Execution
+
+    return Execution(parse_size(max_memory), workers, not no_fsync, overwrite, progress)
+
+
+def _print_result(result: Result, *, dry_run: bool, json: bool, quiet: bool) -> None:
+    from ckpt_tool import report
+
+    if json:
+        report.print_json(
+            {
+                "source": result.source,
+                "source_format": result.source_format,
+                "target": result.target,
+                "dry_run": dry_run,
+                "bytes_read": result.bytes_read,
+                "bytes_written": result.bytes_written,
+                "files": result.files,
+                "peak_memory_bytes": result.peak_memory_bytes,
+                "disk_bytes": result.disk_bytes,
+                "left_out": dict(result.left_out),
+                "casts": [list(cast) for cast in result.casts],
+                "notes": list(result.notes),
+                "verified": result.verdict.passed if result.verdict else None,
+            }
+        )
+        return
+    fields = [
+        ("source", f"{result.source} ({result.source_format})"),
+        ("target", result.target),
+        ("files", f"{result.files:,}"),
+        ("read", report.human_bytes(result.bytes_read)),
+        ("written", report.human_bytes(result.bytes_written)),
+        ("buffers", f"{report.human_bytes(result.peak_memory_bytes)} at most"),
+    ]
+    if result.casts:
+        kinds = sorted({f"{source} -> {target}" for _, source, target in result.casts})
+        fields.append(("cast", f"{len(result.casts)} tensors, {', '.join(kinds)}"))
+    for reason in sorted(set(result.left_out.values())):
+        count = sum(1 for why in result.left_out.values() if why == reason)
+        fields.append(("left out", f"{count} tensors: {reason}"))
+    if result.verdict:
+        fields.append(
+            (
+                "verified",
+                f"{result.verdict.tensors} tensors, {report.human_bytes(result.verdict.bytes_compared)}, "
+                "equal bit for bit",
+            )
+        )
+    report.print_fields("Plan (nothing was written)" if dry_run else "Done", fields)
+    if not quiet:
+        for note in result.notes + (result.verdict.notes if result.verdict else ()):
+            report.say(f"note: {note}")
+
+
+def _print_verdict(verdict: Verdict, *, json: bool, quiet: bool) -> None:
+    from ckpt_tool import report
+
+    if json:
+        report.print_json(
+            {
+                "passed": verdict.passed,
+                "tensors": verdict.tensors,
+                "bytes_compared": verdict.bytes_compared,
+                "differences": [difference._asdict() for difference in verdict.differences],
+                "notes": list(verdict.notes),
+            }
+        )
+        return
+    if not quiet:
+        for note in verdict.notes:
+            report.say(f"note: {note}")
+    for difference in verdict.differences:
+        typer.echo(f"{difference.kind}: {difference.message}")
+    size = report.human_bytes(verdict.bytes_compared)
+    outcome = "equal" if verdict.passed else f"{len(verdict.differences)} differences"
+    typer.echo(f"{outcome}: {verdict.tensors} tensors, {size} read and compared")
+
+
+def main() -> None:
+    """Entry point: turns errors into a sentence on stderr and an exit code."""
+    from ckpt_tool.errors import CkptToolError
+
+    try:
+        app(args=_with_default_glob(sys.argv[1:]), prog_name="ckpt-tool")
+    except CkptToolError as error:
+        print(f"ckpt-tool: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("ckpt-tool: interrupted; nothing was published", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+
+
+def _with_default_glob(arguments: list[str]) -> list[str]:
+    """``--tensors`` may stand without a pattern."""
+    result = []
+    for position, argument in enumerate(arguments):
+        following = arguments[position + 1] if position + 1 < len(arguments) else "--"
+        bare = argument == "--tensors" and following.startswith("-")
+        result.append("--tensors=*" if bare else argument)
+    return result

@@ -1,0 +1,66 @@
+"""All formats, and finding out which one a path holds. A new format is a module and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ckpt_tool.canonical import Checkpoint
+from ckpt_tool.errors import UnreadableError
+from ckpt_tool.formats.base import SourceFormat, TargetFormat
+from ckpt_tool.formats.deepspeed.universal import Universal
+from ckpt_tool.formats.deepspeed.zero3 import Zero3
+from ckpt_tool.formats.hf import HuggingFace
+from ckpt_tool.storage import LocalReader, Reader
+
+# In order of detection: a Universal directory also has a stage-3 model file.
+SOURCES: tuple[SourceFormat, ...] = (Universal(), Zero3(), HuggingFace())
+TARGETS: Mapping[str, TargetFormat] = {"universal": Universal(), "hf": HuggingFace()}
+
+# Files that name the subdirectory to take, in order of preference.
+_TAG_FILES = ("latest", "latest_universal")
+
+
+def locate(path: Path) -> Path:
+    """The directory a user means by a checkpoint path: itself, the one its tag file names, or a file's.
+
+    Raises:
+        UnreadableError: there is nothing at the path, or its tag file names a missing directory.
+    """
+    if path.is_file():
+        if path.name in _TAG_FILES:
+            return _tagged(path)
+        return path.parent
+    if not path.is_dir():
+        raise UnreadableError(f"{path} does not exist.")
+    for tag_file in _TAG_FILES:
+        if (path / tag_file).is_file():
+            return _tagged(path / tag_file)
+    return path
+
+
+def _tagged(tag_file: Path) -> Path:
+    tag = tag_file.read_text(errors="replace").strip()
+    directory = tag_file.parent / tag
+    if not tag or not directory.is_dir():
+        raise UnreadableError(
+            f"{tag_file} names {tag!r}, but there is no such directory beside it. Pass the directory of "
+            "the step you want."
+        )
+    return directory
+
+
+def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
+    """Read the catalogue of the checkpoint at ``path``, whatever its format."""
+    directory = locate(path)
+    reader = LocalReader(directory)
+    for candidate in SOURCES:
+        if candidate.recognises(reader):
+            return reader, candidate.read(reader)
+    names = reader.list()
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
+    raise UnreadableError(
+        f"{directory} is no checkpoint ckpt-tool reads (it holds {shown}). Read are: "
+        + ", ".join(candidate.name for candidate in SOURCES)
+        + ". A path may be the tag directory, or its parent with a `latest` file."
+    )

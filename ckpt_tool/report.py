@@ -1,0 +1,118 @@
+"""What the user sees: progress on stderr, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+_PERIOD = 10.0  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """Bytes done, rate and time left: a bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, label: str, *, quiet: bool = False) -> None:
+        self._label, self._quiet = label, quiet
+        self._lock = threading.Lock()
+        self._done = self._total = 0
+        self._bar: Any = None
+        self._began = self._spoke = time.monotonic()
+
+    def start(self, total: int) -> None:
+        self._total = total
+        self._began = self._spoke = time.monotonic()
+        if not self._quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total, desc=self._label, unit="B", unit_scale=True, file=sys.stderr, leave=False
+            )
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            if self._bar is not None:
+                self._bar.update(count)
+            elif not self._quiet and time.monotonic() - self._spoke >= _PERIOD:
+                self._speak()
+
+    def _speak(self) -> None:
+        self._spoke = time.monotonic()
+        rate = self._done / max(1e-9, self._spoke - self._began)
+        left = (self._total - self._done) / rate if rate else 0.0
+        share = 100 * self._done / max(1, self._total)
+        print(  # noqa: T201
+            f"{self._label}: {human_bytes(self._done)} of {human_bytes(self._total)} ({share:.0f} %), "
+            f"{human_bytes(rate)}/s, {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def human_bytes(count: float) -> str:
+    """``1.5 GB``: powers of ten, as disks and networks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, default=str))  # noqa: T201
+
+
+def print_fields(title: str, fields: list[tuple[str, str]]) -> None:
+    """A titled two-column list."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in fields:
+        table.add_row(name, escape(value))
+    Console().print(table)
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]], *, right: set[str]) -> None:
+    """A table; columns in ``right`` are aligned to the right."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    # a pipe gets whole lines, not lines folded to 80 columns
+    console = Console() if sys.stdout.isatty() else Console(width=max(80, _width(columns, rows)))
+    console.print(table)
+
+
+def _width(columns: list[str], rows: list[list[str]]) -> int:
+    return sum(max(len(line[i]) for line in [columns, *rows]) + 2 for i in range(len(columns)))
+
+
+def say(message: str) -> None:
+    """A sentence for the user, beside the results: on stderr."""
+    print(message, file=sys.stderr, flush=True)  # noqa: T201

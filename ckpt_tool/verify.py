@@ -1,0 +1,416 @@
+"""Reading to judge: are two checkpoints the same, and is one as it was written?
+
+Two checkpoints are compared canonically: tensor by tensor, state by state, bit for bit, whatever their
+formats and topologies. One checkpoint is compared with what it says about itself: coverage of every
+tensor, its manifest's checksums, and the CRC-32 of every record of torch's archives.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+from isal import isal_zlib
+
+from ckpt_tool.canonical import MASTER, WEIGHT, Checkpoint, Region, Tensor, runs
+from ckpt_tool.commit import MANIFEST, Manifest
+from ckpt_tool.containers.torch_zip import TorchArchive
+from ckpt_tool.errors import CkptToolError, MismatchError, UsageError
+from ckpt_tool.execute.budget import Budget
+from ckpt_tool.execute.local import EXTENT_BYTES, cast, gather
+from ckpt_tool.execute.meter import Meter, Silent
+from ckpt_tool.execute.threads import in_parallel
+from ckpt_tool.families import family_of
+from ckpt_tool.families.naming import to_hub
+from ckpt_tool.storage import Reader
+
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class Difference(NamedTuple):
+    """One thing found wrong. ``kind``: missing, extra, shape, dtype, value, scalar, checksum, coverage."""
+
+    kind: str
+    name: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was compared and what was found. ``notes`` say what could not be compared, and why."""
+
+    tensors: int
+    bytes_compared: int
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.differences
+
+
+class _Pair(NamedTuple):
+    a: Tensor
+    b: Tensor
+
+
+# ---- two checkpoints
+
+
+def compare(
+    a: Checkpoint,
+    b: Checkpoint,
+    readers: tuple[Reader, Reader],
+    budget: Budget,
+    *,
+    config: Mapping[str, Any] | None = None,
+    meter: Meter,
+) -> Verdict:
+    """Compare two checkpoints canonically.
+
+    Args:
+        config: a ``config.json``, needed where one side has published names and neither carries it.
+
+    Raises:
+        UsageError: the names of the two cannot be brought together.
+    """
+    a, b = _same_names(a, b, config)
+    pairs, differences, notes = _pair_up(a, b)
+    checked = []
+    for pair in pairs:
+        found = _form(pair)
+        differences += found
+        if not found:
+            checked.append(pair)
+    differences += _scalars(a, b)
+    meter.start(sum(pair.a.nbytes for pair in checked))
+    differences += _values(checked, readers, budget, meter)
+    differences.sort()
+    return Verdict(len(pairs), sum(pair.a.nbytes for pair in checked), tuple(differences), tuple(notes))
+
+
+def _same_names(
+    a: Checkpoint, b: Checkpoint, config: Mapping[str, Any] | None
+) -> tuple[Checkpoint, Checkpoint]:
+    if a.dialect == b.dialect:
+        return a, b
+    found = next((c for c in (config, a.model_config, b.model_config) if c is not None), None)
+    if found is None:
+        raise UsageError(
+            f"The two use different names ({a.dialect} and {b.dialect}), and neither carries the model's "
+            "config.json. Pass it with --config."
+        )
+    family = family_of(found)
+    return to_hub(a, family), to_hub(b, family)
+
+
+def _pair_up(a: Checkpoint, b: Checkpoint) -> tuple[list[_Pair], list[Difference], list[str]]:
+    """Match tensors by name and state. A side without optimizer state is compared by its values."""
+    notes: list[str] = []
+    weights_only = [all(tensor.state == WEIGHT for tensor in side.tensors) for side in (a, b)]
+    if any(weights_only) and not all(weights_only):
+        states = sorted({t.state for side in (a, b) for t in side.tensors} - {WEIGHT, MASTER})
+        which = "the first" if weights_only[0] else "the second"
+        notes.append(
+            f"Not compared: {', '.join(states) or 'optimizer state'}, which {which} does not hold; its "
+            "weights are compared with the other's masters."
+        )
+    if any(weights_only):
+        left = {(t.name, ""): t for t in a.values()}
+        right = {(t.name, ""): t for t in b.values()}
+    else:
+        left, right = a.by_key(), b.by_key()
+    differences = [
+        Difference("missing", str(t.name), f"{t.label()} is in the first only ({_home(t)})")
+        for key, t in left.items()
+        if key not in right
+    ] + [
+        Difference("extra", str(t.name), f"{t.label()} is in the second only ({_home(t)})")
+        for key, t in right.items()
+        if key not in left
+    ]
+    return [_Pair(left[key], right[key]) for key in left if key in right], differences, notes
+
+
+def _home(tensor: Tensor) -> str:
+    return next((region.file for region in tensor.regions), "of no elements")
+
+
+def _form(pair: _Pair) -> list[Difference]:
+    a, b = pair
+    if a.shape != b.shape:
+        return [
+            Difference(
+                "shape",
+                str(a.name),
+                f"{a.label()} has shape {list(a.shape)} in the first ({_home(a)}), {list(b.shape)} in the "
+                f"second ({_home(b)})",
+            )
+        ]
+    rounded = a.dtype.is_float and b.dtype.is_float and (MASTER in (a.state, b.state))
+    if a.dtype is not b.dtype and not (rounded and a.state != b.state):
+        return [
+            Difference(
+                "dtype",
+                str(a.name),
+                f"{a.label()} is {a.dtype} in the first ({_home(a)}), {b.dtype} in the second ({_home(b)})",
+            )
+        ]
+    return []
+
+
+def _scalars(a: Checkpoint, b: Checkpoint) -> list[Difference]:
+    differences = []
+    if a.scalars and b.scalars:
+        for name, state in sorted(set(a.scalars) | set(b.scalars), key=str):
+            one, other = a.scalars.get((name, state)), b.scalars.get((name, state))
+            if one != other:
+                differences.append(
+                    Difference(
+                        "scalar",
+                        str(name),
+                        f"{name} [{state}] is {one.value if one else 'absent'} in the first, "
+                        f"{other.value if other else 'absent'} in the second",
+                    )
+                )
+    for key in sorted(set(a.training.counters) & set(b.training.counters)):
+        if a.training.counters[key] != b.training.counters[key]:
+            differences.append(
+                Difference(
+                    "scalar",
+                    key,
+                    f"{key} is {a.training.counters[key]} in the first, {b.training.counters[key]} in the "
+                    "second",
+                )
+            )
+    return differences
+
+
+def _values(
+    pairs: list[_Pair],
+    readers: tuple[Reader, Reader],
+    budget: Budget,
+    meter: Meter,
+) -> list[Difference]:
+    """The first differing element of every pair, found by all workers together."""
+    found: dict[int, tuple[int, Difference]] = {}
+    lock = threading.Lock()
+
+    def work() -> Iterator[tuple[int, _Pair, list[Region], list[Region], int, int]]:
+        for number, pair in enumerate(pairs):
+            try:
+                one, other = (runs(tensor, 0, tensor.numel) for tensor in pair)
+            except CkptToolError as error:
+                found[number] = (0, Difference("coverage", str(pair.a.name), str(error)))
+                continue
+            step = EXTENT_BYTES // pair.a.dtype.itemsize
+            for start in range(0, pair.a.numel, step):
+                yield number, pair, one, other, start, min(step, pair.a.numel - start)
+
+    def compare_one(
+        comparer: _Comparer,
+        item: tuple[int, _Pair, list[Region], list[Region], int, int],
+    ) -> None:
+        number, pair, one, other, start, numel = item
+        at = comparer.first_difference(pair, one, other, start, numel, meter)
+        if at is None:
+            return
+        files = [run_at(found_runs, at).file for found_runs in (one, other)]
+        difference = Difference(
+            "value",
+            str(pair.a.name),
+            f"{pair.a.element(at)} differs: the first in {files[0]}, the second in {files[1]} "
+            f"(flat index {at})",
+        )
+        with lock:
+            if number not in found or at < found[number][0]:
+                found[number] = (at, difference)
+
+    in_parallel(work(), lambda: _Comparer(readers, budget.tile), compare_one, budget.workers)
+    return [difference for _, difference in found.values()]
+
+
+def run_at(found: list[Region], element: int) -> Region:
+    """The run that holds an element, of sorted runs."""
+    return found[bisect_right(found, element, key=lambda run: run.start) - 1]
+
+
+class _Comparer:
+    """One worker's two buffers; the second also holds what a cast makes of the first."""
+
+    def __init__(self, readers: tuple[Reader, Reader], tile: int) -> None:
+        self._readers = readers
+        self._one, self._other = memoryview(bytearray(tile)), memoryview(bytearray(tile))
+
+    def first_difference(
+        self,
+        pair: _Pair,
+        one: list[Region],
+        other: list[Region],
+        start: int,
+        numel: int,
+        meter: Meter,
+    ) -> int | None:
+        """The first element in ``start .. start + numel`` that differs in any bit; None where none does."""
+        # the wider dtype is rounded to the narrower, which is how it was made
+        swap = pair.a.dtype.itemsize < pair.b.dtype.itemsize
+        wide, narrow = (pair.b, pair.a) if swap else (pair.a, pair.b)
+        wide_runs, narrow_runs = (other, one) if swap else (one, other)
+        wide_reader, narrow_reader = self._readers[::-1] if swap else self._readers
+        casting = wide.dtype is not narrow.dtype
+        step = len(self._one) // (wide.dtype.itemsize * (2 if casting else 1))
+        for low in range(start, start + numel, step):
+            count = min(step, start + numel - low)
+            left = self._one[: count * wide.dtype.itemsize]
+            gather(wide_reader, wide_runs, low, count, wide.dtype.itemsize, left)
+            size = count * narrow.dtype.itemsize
+            right = self._other[:size]
+            gather(narrow_reader, narrow_runs, low, count, narrow.dtype.itemsize, right)
+            if casting:
+                rounded = self._other[size : 2 * size]
+                cast(left, wide.dtype, rounded, narrow.dtype)
+                left = rounded
+            at = _first_difference(left, right)
+            meter.add(count * pair.a.dtype.itemsize)
+            if at is not None:
+                return low + at // narrow.dtype.itemsize
+        return None
+
+
+def _first_difference(a: memoryview, b: memoryview) -> int | None:
+    """The first differing byte of two buffers of one length."""
+    if len(a) == 0 or _equal(a, b):
+        return None
+    low, high = 0, len(a)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _equal(a[low:middle], b[low:middle]):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _equal(a: memoryview, b: memoryview) -> bool:
+    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in (a, b)]
+    return bool(_memcmp(*addresses, len(a)) == 0)
+
+
+# ---- copies of one tensor inside a checkpoint
+
+
+def check_replicas(checkpoint: Checkpoint, reader: Reader, budget: Budget) -> None:
+    """Compare experts that several EP ranks hold before one of the copies is used.
+
+    Raises:
+        MismatchError: the copies differ.
+    """
+    comparer = _Comparer((reader, reader), budget.tile)
+    for tensor in checkpoint.tensors:
+        for replica in tensor.replicas:
+            originals = runs(tensor, replica.start, replica.numel)
+            at = comparer.first_difference(
+                _Pair(tensor, tensor),
+                originals,
+                [replica],
+                replica.start,
+                replica.numel,
+                Silent(),
+            )
+            if at is not None:
+                raise MismatchError(
+                    f"{tensor.element(at)}: the copies of this expert on different EP ranks differ, in "
+                    f"{run_at(originals, at).file} and {replica.file}. ckpt-tool does not choose."
+                )
+
+
+# ---- one checkpoint
+
+
+def check(
+    checkpoint: Checkpoint,
+    reader: Reader,
+    manifest: Manifest | None,
+    manifest_root: Path,
+    manifest_reader: Reader,
+    budget: Budget,
+    *,
+    meter: Meter,
+) -> Verdict:
+    """Check coverage, the manifest's checksums, and the CRC-32 of every record of torch's archives."""
+    differences: list[Difference] = []
+    for tensor in checkpoint.tensors:
+        try:
+            runs(tensor, 0, tensor.numel)
+        except CkptToolError as error:
+            differences.append(Difference("coverage", str(tensor.name), str(error)))
+    notes = []
+    work: list[_Stretch] = []
+    if manifest is not None:
+        for file in manifest.files:
+            if (manifest_root / file.path).is_file() and manifest_reader.size(file.path) == file.size:
+                work += [
+                    _Stretch(manifest_reader, file.path, extent.offset, extent.length, extent.xxh3, None)
+                    for extent in file.extents
+                ]
+            else:
+                message = f"{file.path} is missing or not of {file.size} bytes, which {MANIFEST} states"
+                differences.append(Difference("checksum", file.path, message))
+    archives = [source.path for source in checkpoint.files if source.path.endswith(".pt")]
+    for path in archives:
+        archive = TorchArchive(reader, path)
+        for name, info in archive.records().items():
+            offset = archive.record_offset(name)
+            work.append(_Stretch(reader, path, offset, info.file_size, None, info.CRC))
+    if manifest is None:
+        notes.append(
+            f"No {MANIFEST}: contents were checked against the archives' own CRC-32."
+            if archives
+            else f"No {MANIFEST}, and the format has no checksums: only structure was checked."
+        )
+    meter.start(sum(stretch.length for stretch in work))
+    lock = threading.Lock()
+
+    def one(buffer: memoryview, stretch: _Stretch) -> None:
+        if not _matches(stretch, buffer, meter):
+            kind = "checksum in the manifest" if stretch.crc is None else "CRC-32"
+            message = (
+                f"{stretch.path}: bytes from {stretch.offset} on do not have the {kind} stated for them"
+            )
+            with lock:
+                differences.append(Difference("checksum", stretch.path, message))
+
+    in_parallel(iter(work), lambda: memoryview(bytearray(budget.tile)), one, budget.workers)
+    total = sum(stretch.length for stretch in work)
+    return Verdict(len(checkpoint.tensors), total, tuple(sorted(differences)), tuple(notes))
+
+
+class _Stretch(NamedTuple):
+    """Bytes whose checksum is stated somewhere."""
+
+    reader: Reader
+    path: str
+    offset: int
+    length: int
+    xxh3: str | None
+    crc: int | None
+
+
+def _matches(stretch: _Stretch, buffer: memoryview, meter: Meter) -> bool:
+    crc, digest = 0, xxhash.xxh3_64()
+    for low in range(0, stretch.length, len(buffer)):
+        data = buffer[: min(len(buffer), stretch.length - low)]
+        stretch.reader.read_into(stretch.path, stretch.offset + low, data)
+        if stretch.crc is not None:
+            crc = isal_zlib.crc32(data, crc)
+        else:
+            digest.update(data)
+        meter.add(len(data))
+    return crc == stretch.crc if stretch.crc is not None else digest.hexdigest() == stretch.xxh3
