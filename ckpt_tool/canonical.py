@@ -16,12 +16,10 @@ with E experts, I the intermediate size of one expert, H the hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple
-
-from ckpt_tool.errors import CoverageError
 
 
 class DType(Enum):
@@ -106,9 +104,9 @@ class Region(NamedTuple):
     """Where a contiguous run of a tensor's flattened (row-major) elements lies.
 
     Elements ``start .. start + numel`` lie back to back in ``file`` from byte ``offset`` on. ZeRO's
-    partitions, whole tensors, one expert of a stack and rows of a matrix are all such runs; whoever
-    holds a tensor in another form describes it as several. A named tuple, because a large checkpoint
-    has millions: readers compute them on demand and keep none.
+    partitions, whole tensors, one expert of a stack and rows of a matrix are all such runs; what is
+    not contiguous is a ``Box``. Named tuples, because a large checkpoint has millions: readers compute
+    them on demand and keep none.
     """
 
     start: int
@@ -117,8 +115,23 @@ class Region(NamedTuple):
     offset: int
 
 
+class Box(NamedTuple):
+    """Where a rectangular lattice of a tensor's coordinates lies.
+
+    Along dimension d it holds coordinates ``origin[d] + j * steps[d]`` for j below ``counts[d]``; one j
+    further is ``strides[d]`` bytes further in ``file``. ``offset`` is the byte of its first element.
+    """
+
+    origin: tuple[int, ...]
+    counts: tuple[int, ...]
+    steps: tuple[int, ...]
+    file: str
+    offset: int
+    strides: tuple[int, ...]
+
+
 # Regions in any order, to be gone through more than once: a tuple, or an object that computes them.
-Regions = Iterable[Region]
+Regions = Iterable[Region | Box]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,71 +172,6 @@ class Tensor:
         if isinstance(self.name, ExpertName) and indices:
             name = self.name.expert(indices.pop(0))
         return f"{name} [{self.state}] at {indices}"
-
-
-class Cut(NamedTuple):
-    """Part of a tensor used as part of another: ``numel`` elements of ``tensor`` from ``source`` on
-    become the elements from ``start`` on."""
-
-    start: int
-    numel: int
-    tensor: Tensor
-    source: int
-
-
-class CutRegions:
-    """The regions of a tensor that is put together from cuts of others, computed when asked for.
-
-    Splits a fused ``gate_up_proj`` into gate and up, stacks one-expert tensors, and maps the experts
-    of an EP rank to their global ids, without one object per expert and rank staying in memory.
-    """
-
-    def __init__(self, cuts: Sequence[Cut]) -> None:
-        self._cuts = cuts
-
-    def __iter__(self) -> Iterator[Region]:
-        for cut in self._cuts:
-            for region in runs(cut.tensor, cut.source, cut.numel):
-                yield region._replace(start=cut.start + region.start - cut.source)
-
-
-def runs(tensor: Tensor, start: int, numel: int) -> list[Region]:
-    """The runs that hold elements ``start .. start + numel`` of ``tensor``, in order.
-
-    Raises:
-        CoverageError: an element in that range lies nowhere, or in two places.
-    """
-    end = start + numel
-    position = start
-    itemsize = tensor.dtype.itemsize
-    found: list[Region] = []
-    for region in sorted(tensor.regions):
-        low, high = max(region.start, start), min(region.start + region.numel, end)
-        if low >= high:
-            continue
-        if low != position:
-            raise CoverageError(_gap_or_overlap(tensor, position, region))
-        found.append(Region(low, high - low, region.file, region.offset + (low - region.start) * itemsize))
-        position = high
-    if position != end:
-        raise CoverageError(
-            f"{tensor.element(position)}: no file of the checkpoint holds this element "
-            f"({end - position} of {numel} are missing from here on). A rank's file is incomplete or "
-            "the metadata describes another model."
-        )
-    return found
-
-
-def _gap_or_overlap(tensor: Tensor, position: int, region: Region) -> str:
-    if region.start > position:
-        return (
-            f"{tensor.element(position)}: no file of the checkpoint holds this element; the next one "
-            f"found is {region.start - position} further on, in {region.file}."
-        )
-    return (
-        f"{tensor.element(region.start)}: two places claim to hold this element, one of them "
-        f"{region.file}. ckpt-tool does not choose between them."
-    )
 
 
 @dataclass(frozen=True, slots=True)

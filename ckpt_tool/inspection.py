@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 from typing import Any
 
-from ckpt_tool.canonical import Checkpoint, ExpertName, Role, Tensor, runs
+from ckpt_tool.canonical import Checkpoint, ExpertName, Role, Tensor
+from ckpt_tool.geometry import pieces
 
 
 def overview(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def expert_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         for expert in range(layer.num_experts):
             holders = [rank for rank, ids in enumerate(layer.holders) if expert in ids]
             ranks = [r for r, ep in enumerate(checkpoint.topology.ep_ranks) if ep in holders]
-            found = runs(stack, expert * size, size)
+            found = pieces(stack, expert * size, size)
             rows.append(
                 {
                     "layer": int(layer.layer_path.rsplit(".", 1)[-1]),

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ckpt_tool.canonical import Region, Tensor, runs
+from ckpt_tool.canonical import Tensor
 from ckpt_tool.errors import CkptToolError, CoverageError
+from ckpt_tool.geometry import Piece, pieces
 from ckpt_tool.layout import Fill, Layout, TargetFile
 
 
@@ -42,9 +43,9 @@ class Plan:
         return self.layout.files
 
 
-def copies(fill: Fill) -> list[Region]:
-    """Where the elements of a fill come from, in target order; ``start`` counts from the tensor's start."""
-    return runs(fill.tensor, fill.start, fill.numel)
+def copies(fill: Fill) -> list[Piece]:
+    """Where the elements of a fill come from; a piece's ``start`` counts from the tensor's start."""
+    return pieces(fill.tensor, fill.start, fill.numel)
 
 
 def make_plan(layout: Layout) -> Plan:
@@ -66,7 +67,8 @@ def make_plan(layout: Layout) -> Plan:
         bytes_written += file.size
         for fill in file.fills:
             tensor = fill.tensor
-            bytes_read += sum(run.numel for run in copies(fill)) * tensor.dtype.itemsize
+            copies(fill)
+            bytes_read += fill.numel * tensor.dtype.itemsize
             used.setdefault(tensor.label(), []).append((fill.start, fill.start + fill.numel))
             if fill.dtype is not tensor.dtype:
                 label = tensor.label()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,18 @@ from typing import Any, NamedTuple
 import xxhash
 from isal import isal_zlib
 
-from ckpt_tool.canonical import MASTER, WEIGHT, Checkpoint, Region, Tensor, runs
+from ckpt_tool.canonical import MASTER, WEIGHT, Box, Checkpoint, Region, Tensor
 from ckpt_tool.commit import MANIFEST, Manifest
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import CkptToolError, MismatchError, UsageError
 from ckpt_tool.execute.budget import Budget
-from ckpt_tool.execute.local import EXTENT_BYTES, cast, gather
+from ckpt_tool.execute.gather import gather
+from ckpt_tool.execute.local import EXTENT_BYTES, cast
 from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.execute.threads import in_parallel
 from ckpt_tool.families import family_of
 from ckpt_tool.families.naming import to_hub
+from ckpt_tool.geometry import Piece, clip, pieces
 from ckpt_tool.storage import Reader
 
 _memcmp = ctypes.CDLL(None).memcmp
@@ -203,10 +204,10 @@ def _values(
     found: dict[int, tuple[int, Difference]] = {}
     lock = threading.Lock()
 
-    def work() -> Iterator[tuple[int, _Pair, list[Region], list[Region], int, int]]:
+    def work() -> Iterator[tuple[int, _Pair, list[Piece], list[Piece], int, int]]:
         for number, pair in enumerate(pairs):
             try:
-                one, other = (runs(tensor, 0, tensor.numel) for tensor in pair)
+                one, other = (pieces(tensor, 0, tensor.numel) for tensor in pair)
             except CkptToolError as error:
                 found[number] = (0, Difference("coverage", str(pair.a.name), str(error)))
                 continue
@@ -216,13 +217,13 @@ def _values(
 
     def compare_one(
         comparer: _Comparer,
-        item: tuple[int, _Pair, list[Region], list[Region], int, int],
+        item: tuple[int, _Pair, list[Piece], list[Piece], int, int],
     ) -> None:
         number, pair, one, other, start, numel = item
         at = comparer.first_difference(pair, one, other, start, numel, meter)
         if at is None:
             return
-        files = [run_at(found_runs, at).file for found_runs in (one, other)]
+        files = [file_of(t, found_pieces, at) for t, found_pieces in zip(pair, (one, other), strict=True)]
         difference = Difference(
             "value",
             str(pair.a.name),
@@ -237,13 +238,13 @@ def _values(
     return [difference for _, difference in found.values()]
 
 
-def run_at(found: list[Region], element: int) -> Region:
-    """The run that holds an element, of sorted runs."""
-    return found[bisect_right(found, element, key=lambda run: run.start) - 1]
+def file_of(tensor: Tensor, found: list[Piece], element: int) -> str:
+    """The file that holds an element."""
+    return clip(tensor, found, element, 1)[0].file
 
 
 class _Comparer:
-    """One worker's two buffers; the second also holds what a cast makes of the first."""
+    """One worker's two buffers; the second also holds what a cast makes of the first, and scratch."""
 
     def __init__(self, readers: tuple[Reader, Reader], tile: int) -> None:
         self._readers = readers
@@ -252,8 +253,8 @@ class _Comparer:
     def first_difference(
         self,
         pair: _Pair,
-        one: list[Region],
-        other: list[Region],
+        one: list[Piece],
+        other: list[Piece],
         start: int,
         numel: int,
         meter: Meter,
@@ -262,17 +263,18 @@ class _Comparer:
         # the wider dtype is rounded to the narrower, which is how it was made
         swap = pair.a.dtype.itemsize < pair.b.dtype.itemsize
         wide, narrow = (pair.b, pair.a) if swap else (pair.a, pair.b)
-        wide_runs, narrow_runs = (other, one) if swap else (one, other)
+        wide_pieces, narrow_pieces = (other, one) if swap else (one, other)
         wide_reader, narrow_reader = self._readers[::-1] if swap else self._readers
         casting = wide.dtype is not narrow.dtype
-        step = len(self._one) // (wide.dtype.itemsize * (2 if casting else 1))
+        shared = casting or any(isinstance(piece, Box) for piece in (*one, *other))
+        step = len(self._one) // (wide.dtype.itemsize * (2 if shared else 1))
         for low in range(start, start + numel, step):
             count = min(step, start + numel - low)
             left = self._one[: count * wide.dtype.itemsize]
-            gather(wide_reader, wide_runs, low, count, wide.dtype.itemsize, left)
+            gather(wide_reader, wide, wide_pieces, low, count, left, self._other)
             size = count * narrow.dtype.itemsize
             right = self._other[:size]
-            gather(narrow_reader, narrow_runs, low, count, narrow.dtype.itemsize, right)
+            gather(narrow_reader, narrow, narrow_pieces, low, count, right, self._other[size:])
             if casting:
                 rounded = self._other[size : 2 * size]
                 cast(left, wide.dtype, rounded, narrow.dtype)
@@ -315,7 +317,9 @@ def check_replicas(checkpoint: Checkpoint, reader: Reader, budget: Budget) -> No
     comparer = _Comparer((reader, reader), budget.tile)
     for tensor in checkpoint.tensors:
         for replica in tensor.replicas:
-            originals = runs(tensor, replica.start, replica.numel)
+            if not isinstance(replica, Region):
+                raise MismatchError(f"{tensor.label()}: copies that are not contiguous are not compared.")
+            originals = pieces(tensor, replica.start, replica.numel)
             at = comparer.first_difference(
                 _Pair(tensor, tensor),
                 originals,
@@ -327,7 +331,7 @@ def check_replicas(checkpoint: Checkpoint, reader: Reader, budget: Budget) -> No
             if at is not None:
                 raise MismatchError(
                     f"{tensor.element(at)}: the copies of this expert on different EP ranks differ, in "
-                    f"{run_at(originals, at).file} and {replica.file}. ckpt-tool does not choose."
+                    f"{file_of(tensor, originals, at)} and {replica.file}. ckpt-tool does not choose."
                 )
 
 
@@ -348,7 +352,7 @@ def check(
     differences: list[Difference] = []
     for tensor in checkpoint.tensors:
         try:
-            runs(tensor, 0, tensor.numel)
+            pieces(tensor, 0, tensor.numel)
         except CkptToolError as error:
             differences.append(Difference("coverage", str(tensor.name), str(error)))
     notes = []

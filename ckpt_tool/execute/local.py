@@ -8,7 +8,6 @@ seals the file: CRCs into their slots, literals written, data made durable.
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,11 +15,13 @@ from typing import NamedTuple
 import xxhash
 from isal import isal_zlib
 
-from ckpt_tool.canonical import DType, Region
+from ckpt_tool.canonical import Box, DType
 from ckpt_tool.errors import ExecutionError
 from ckpt_tool.execute.budget import MIB, Budget
+from ckpt_tool.execute.gather import gather
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.execute.threads import in_parallel
+from ckpt_tool.geometry import Piece
 from ckpt_tool.layout import Fill, TargetFile
 from ckpt_tool.plan import Extent, Plan, copies, extents
 from ckpt_tool.storage import Reader, Writer
@@ -47,7 +48,7 @@ class _OpenFile:
     """A file in the making. ``left`` counts the extents still to be written."""
 
     target: TargetFile
-    runs: list[list[Region]]
+    pieces: list[list[Piece]]
     left: int
     crcs: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     written: list[WrittenExtent] = field(default_factory=list)
@@ -126,7 +127,7 @@ class _Run:
         for start, numel in tile.steps(fill, unit):
             if self.stop.is_set():
                 return False
-            data = tile.load(self._source, file.runs[unit.fill], fill, start, numel)
+            data = tile.load(self._source, file.pieces[unit.fill], fill, start, numel)
             crc = isal_zlib.crc32(data, crc)
             digest.update(data)
             self._sink.write(file.target.path, fill.offset + start * itemsize, data)
@@ -158,12 +159,12 @@ class _Run:
 
 
 class _Tile:
-    """One worker's two buffers."""
+    """One worker's two buffers: what is read, and scratch space or what a cast makes of it."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._read = memoryview(bytearray(size))
-        self._cast = memoryview(bytearray(0))
+        self._second = memoryview(bytearray(0))
 
     def steps(self, fill: Fill, unit: Extent) -> Iterator[tuple[int, int]]:
         """Cut an extent into (start, numel) that fit the buffers on both sides of a cast."""
@@ -172,37 +173,19 @@ class _Tile:
         for start in range(unit.start, end, step):
             yield start, min(step, end - start)
 
-    def load(self, source: Reader, runs: list[Region], fill: Fill, start: int, numel: int) -> memoryview:
+    def load(self, source: Reader, found: list[Piece], fill: Fill, start: int, numel: int) -> memoryview:
         """The bytes of ``numel`` elements of ``fill`` from ``start`` on, as they are to be stored."""
         tensor = fill.tensor
+        casting = fill.dtype is not tensor.dtype
+        if not self._second and (casting or any(isinstance(piece, Box) for piece in found)):
+            self._second = memoryview(bytearray(self._size))
         raw = self._read[: numel * tensor.dtype.itemsize]
-        gather(source, runs, fill.start + start, numel, tensor.dtype.itemsize, raw)
-        if fill.dtype is tensor.dtype:
+        gather(source, tensor, found, fill.start + start, numel, raw, self._second)
+        if not casting:
             return raw
-        if not self._cast:
-            self._cast = memoryview(bytearray(self._size))
-        out = self._cast[: numel * fill.dtype.itemsize]
+        out = self._second[: numel * fill.dtype.itemsize]
         cast(raw, tensor.dtype, out, fill.dtype)
         return out
-
-
-def gather(
-    source: Reader, runs: list[Region], start: int, numel: int, itemsize: int, buffer: memoryview
-) -> None:
-    """Read elements ``start .. start + numel`` of a tensor, whose sorted ``runs`` are given."""
-    end, position = start + numel, start
-    index = bisect_right(runs, start, key=lambda run: run.start) - 1
-    while position < end:
-        run = runs[index]
-        count = min(end, run.start + run.numel) - position
-        at = (position - start) * itemsize
-        source.read_into(
-            run.file,
-            run.offset + (position - run.start) * itemsize,
-            buffer[at : at + count * itemsize],
-        )
-        position += count
-        index += 1
 
 
 def cast(data: memoryview, source: DType, out: memoryview, target: DType) -> None:

@@ -10,8 +10,6 @@ from ckpt_tool.canonical import (
     GATE,
     UP,
     Checkpoint,
-    Cut,
-    CutRegions,
     ExpertName,
     MoELayer,
     ParamGroup,
@@ -21,6 +19,7 @@ from ckpt_tool.canonical import (
 )
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.families import Family, compiled
+from ckpt_tool.geometry import Cut, CutRegions
 
 HUB = "hub"
 

@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 from ckpt_tool.canonical import (
     WEIGHT,
     Checkpoint,
-    Cut,
-    CutRegions,
     ExpertName,
     MoELayer,
     ParamGroup,
@@ -36,6 +34,7 @@ from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.autoep import AutoEP
 from ckpt_tool.formats.deepspeed.partition import PartitionRegions, consecutive, partition_size
 from ckpt_tool.formats.deepspeed.rank_files import RankFiles, file_names, read_ranks
+from ckpt_tool.geometry import Cut, CutRegions
 from ckpt_tool.storage import Reader
 
 # Values every rank must state alike; they differ where files of two saves were mixed.
