@@ -27,19 +27,28 @@ class SourceFormat(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TargetOptions:
-    """What a user may ask of a target; each format uses what applies to it.
+    """What a user may ask of a target; each format uses what applies to it and refuses the rest.
 
     ``dtype`` None keeps dtypes (masters stay fp32). ``config`` is a Hugging Face ``config.json``.
     ``max_shard_bytes`` bounds one safetensors file; ``extra_files`` (tokenizer and the like) are
-    carried over. ``keep_groups`` writes the source's optimizer
-    group settings where the default leaves the target run's own in force.
+    carried over. ``keep_groups`` writes the source's optimizer group settings where the default leaves
+    the target run's own in force. ``world`` and ``ep`` are the target topology, ``like`` a checkpoint
+    the target run saved itself, whose layout is taken over. ``style`` names a dialect of the target
+    format. ``ds_config`` is a DeepSpeed config that supplies what the source does not say.
+    ``weights_only`` leaves optimizer state out.
     """
 
     dtype: DType | None = None
     config: Mapping[str, Any] | None = None
     max_shard_bytes: int = 5_000_000_000
-    keep_groups: bool = False
     extra_files: Mapping[str, bytes] = field(default_factory=dict)
+    keep_groups: bool = False
+    world: int | None = None
+    ep: int | None = None
+    like: Checkpoint | None = None
+    style: str | None = None
+    ds_config: Mapping[str, Any] | None = None
+    weights_only: bool = False
 
 
 class TargetFormat(Protocol):
