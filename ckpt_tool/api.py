@@ -121,7 +121,13 @@ def convert(
     reader, checkpoint = open_checkpoint(Path(source))
     try:
         model_config, extra = _config(Path(source), config) if to == "hf" else (None, {})
-        options = TargetOptions(parse_dtype(dtype), model_config, max_shard_bytes, keep_groups, extra)
+        options = TargetOptions(
+            dtype=parse_dtype(dtype),
+            config=model_config,
+            max_shard_bytes=max_shard_bytes,
+            extra_files=extra,
+            keep_groups=keep_groups,
+        )
         layout = TARGETS[to].layout(checkpoint, options)
         plan = make_plan(layout)
         destination = Path(os.path.abspath(target))  # noqa: PTH100 (keep symlinks as the user wrote them)
