@@ -84,7 +84,9 @@ def default_workers() -> int:
 
 def open(path: PathLike) -> Checkpoint:
     """Read the catalogue of a checkpoint: metadata only, whatever its size."""
-    return open_checkpoint(Path(path))[1]
+    reader, checkpoint = open_checkpoint(Path(path))
+    reader.close()
+    return checkpoint
 
 
 def convert(
@@ -191,16 +193,12 @@ def verify(
     reader, checkpoint = open_checkpoint(Path(a))
     try:
         if b is None:
-            root = _manifest_root(Path(reader.root))
-            return check(
-                checkpoint,
-                reader,
-                read_manifest(root),
-                root,
-                LocalReader(root),
-                budget,
-                meter=how.meter,
-            )
+            root = LocalReader(_manifest_root(Path(reader.root)))
+            try:
+                manifest = read_manifest(Path(root.root))
+                return check(checkpoint, reader, manifest, root, budget, meter=how.meter)
+            finally:
+                root.close()
         other_reader, other = open_checkpoint(Path(b))
         try:
             found = _read_config(Path(config)) if config is not None else None
@@ -279,6 +277,7 @@ def _verify_result(
             (reader, written_reader),
             budget,
             config=options.config,
+            rounded=options.dtype is not None,
             meter=how.meter,
         )
     finally:

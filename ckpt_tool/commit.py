@@ -44,14 +44,20 @@ class Staging:
         self.path = target.parent / f".{target.name}.ckpt-tool-staging"
         self._identity = dict(identity)
         self._fsync = fsync
-        if not overwrite and _occupied(target):
-            raise UsageError(
-                f"{target} exists. Choose another destination, or pass --overwrite to replace it."
-            )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.path.mkdir(exist_ok=True)
+        self._overwrite = overwrite
+        self._refuse_occupied()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be made: {error.strerror}.") from error
         self._journal = os.open(self.path / _JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self.done = self._take_over()
+
+    def _refuse_occupied(self) -> None:
+        if not self._overwrite and _occupied(self.target):
+            raise UsageError(
+                f"{self.target} exists. Choose another destination, or pass --overwrite to replace it."
+            )
 
     def _take_over(self) -> dict[str, WrittenFile]:
         """Lock the journal; return the files an earlier run of this command completed."""
@@ -60,11 +66,9 @@ class Staging:
         except BlockingIOError:
             os.close(self._journal)
             raise UsageError(f"{self.path} is in use by another run of ckpt-tool.") from None
-        lines = _lines(os.pread(self._journal, os.fstat(self._journal).st_size, 0))
-        if not lines:
-            self._record(self._identity)
-            return {}
-        if lines[0] != json.loads(json.dumps(self._identity)):
+        lines, whole = _lines(os.pread(self._journal, os.fstat(self._journal).st_size, 0))
+        os.ftruncate(self._journal, whole)
+        if lines and lines[0] != json.loads(json.dumps(self._identity)):
             os.close(self._journal)
             raise UsageError(
                 f"{self.path} was left by another command ({_summary(lines[0])}). Run that command "
@@ -81,6 +85,8 @@ class Staging:
             relative = str(path.relative_to(self.path))
             if path.is_file() and relative not in done and relative != _JOURNAL:
                 path.unlink()
+        if not lines:
+            self._record(self._identity)
         return done
 
     def is_done(self, file: TargetFile) -> bool:
@@ -111,6 +117,7 @@ class Staging:
         if self._fsync:
             with (self.path / MANIFEST).open("rb") as written:
                 os.fsync(written.fileno())
+        self._refuse_occupied()
         (self.path / _JOURNAL).unlink()
         if self._fsync:
             for directory, _, _ in os.walk(self.path):
@@ -139,15 +146,17 @@ def _occupied(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
-def _lines(data: bytes) -> list[Any]:
-    """The journal's entries; a last line cut off by a crash is dropped."""
-    entries = []
+def _lines(data: bytes) -> tuple[list[Any], int]:
+    """The journal's entries and the bytes they take; a last line cut off by a crash is dropped."""
+    entries: list[Any] = []
+    whole = 0
     for line in data.split(b"\n")[:-1]:
         try:
             entries.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             break
-    return entries
+        whole += len(line) + 1
+    return entries, whole
 
 
 def _summary(identity: Mapping[str, Any]) -> str:

@@ -164,11 +164,11 @@ class LocalWriter:
 
     def create(self, path: str, size: int) -> None:
         target = self._root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with self._lock:
-            self._open[path] = fd
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with self._lock:
+                self._open[path] = fd
             os.ftruncate(fd, size)
         except OSError as error:
             raise self._failure(path, error) from error

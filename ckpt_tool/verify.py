@@ -11,7 +11,6 @@ import ctypes
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
@@ -72,25 +71,32 @@ def compare(
     budget: Budget,
     *,
     config: Mapping[str, Any] | None = None,
+    rounded: bool = False,
     meter: Meter,
 ) -> Verdict:
     """Compare two checkpoints canonically.
 
     Args:
         config: a ``config.json``, needed where one side has published names and neither carries it.
+        rounded: floats of another dtype are equal where the wider, rounded, gives the narrower. Always
+            so where one side holds no optimizer state and is compared by its values.
 
     Raises:
         UsageError: the names of the two cannot be brought together.
     """
     a, b = _same_names(a, b, config)
     pairs, differences, notes = _pair_up(a, b)
+    rounded = rounded or bool(notes)
     checked = []
     for pair in pairs:
-        found = _form(pair)
+        found = _form(pair, rounded)
         differences += found
         if not found:
             checked.append(pair)
     differences += _scalars(a, b)
+    casts = sum(pair.a.dtype is not pair.b.dtype for pair in checked)
+    if casts:
+        notes.append(f"{casts} tensors differ in dtype and were compared after rounding the wider one.")
     meter.start(sum(pair.a.nbytes for pair in checked))
     differences += _values(checked, readers, budget, meter)
     differences.sort()
@@ -144,7 +150,7 @@ def _home(tensor: Tensor) -> str:
     return next((region.file for region in tensor.regions), "of no elements")
 
 
-def _form(pair: _Pair) -> list[Difference]:
+def _form(pair: _Pair, rounded: bool) -> list[Difference]:
     a, b = pair
     if a.shape != b.shape:
         return [
@@ -155,8 +161,7 @@ def _form(pair: _Pair) -> list[Difference]:
                 f"second ({_home(b)})",
             )
         ]
-    rounded = a.dtype.is_float and b.dtype.is_float and (MASTER in (a.state, b.state))
-    if a.dtype is not b.dtype and not (rounded and a.state != b.state):
+    if a.dtype is not b.dtype and not (rounded and a.dtype.is_float and b.dtype.is_float):
         return [
             Difference(
                 "dtype",
@@ -342,7 +347,6 @@ def check(
     checkpoint: Checkpoint,
     reader: Reader,
     manifest: Manifest | None,
-    manifest_root: Path,
     manifest_reader: Reader,
     budget: Budget,
     *,
@@ -359,7 +363,7 @@ def check(
     work: list[_Stretch] = []
     if manifest is not None:
         for file in manifest.files:
-            if (manifest_root / file.path).is_file() and manifest_reader.size(file.path) == file.size:
+            if _size(manifest_reader, file.path) == file.size:
                 work += [
                     _Stretch(manifest_reader, file.path, extent.offset, extent.length, extent.xxh3, None)
                     for extent in file.extents
@@ -368,9 +372,13 @@ def check(
                 message = f"{file.path} is missing or not of {file.size} bytes, which {MANIFEST} states"
                 differences.append(Difference("checksum", file.path, message))
     archives = [source.path for source in checkpoint.files if source.path.endswith(".pt")]
+    unchecked = 0
     for path in archives:
         archive = TorchArchive(reader, path)
         for name, info in archive.records().items():
+            if info.file_size and not info.CRC:
+                unchecked += 1  # torch was told not to compute it
+                continue
             offset = archive.record_offset(name)
             work.append(_Stretch(reader, path, offset, info.file_size, None, info.CRC))
     if manifest is None:
@@ -379,6 +387,8 @@ def check(
             if archives
             else f"No {MANIFEST}, and the format has no checksums: only structure was checked."
         )
+    if unchecked:
+        notes.append(f"{unchecked} records were saved without a CRC-32 and could not be checked by it.")
     meter.start(sum(stretch.length for stretch in work))
     lock = threading.Lock()
 
@@ -394,6 +404,13 @@ def check(
     in_parallel(iter(work), lambda: memoryview(bytearray(budget.tile)), one, budget.workers)
     total = sum(stretch.length for stretch in work)
     return Verdict(len(checkpoint.tensors), total, tuple(sorted(differences)), tuple(notes))
+
+
+def _size(reader: Reader, path: str) -> int | None:
+    try:
+        return reader.size(path)
+    except CkptToolError:
+        return None
 
 
 class _Stretch(NamedTuple):

@@ -67,25 +67,31 @@ _OPAQUE = frozenset(
     }
 )
 
-_BUILTINS: Mapping[str, Any] = {
-    kind.__name__: kind
-    for kind in (
-        *(list, dict, set, frozenset, tuple, int, float, str, bool),
-        *(bytes, bytearray, complex, slice, range),
-    )
+# Builtin types that occur as values (a defaultdict's factory, say); a pickle cannot call them.
+_TYPES: Mapping[str, type] = {
+    kind.__name__: kind for kind in (list, dict, set, tuple, int, float, str, bool, bytes, complex)
 }
 
 
+class _Inert:
+    """A pickle's BUILD opcode reaches __setstate__; what is checked once must not change afterwards."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError(f"state set on a {type(self).__name__}")
+
+
 @dataclass(frozen=True, slots=True)
-class Named:
-    """A torch global that is data: a dtype such as ``torch.float16``, a storage class, ``torch.Tensor``."""
+class Named(_Inert):
+    """A global that is data: a dtype such as ``torch.float16``, a storage class, ``builtins.list``."""
 
     module: str
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class StorageRecord:
+class StorageRecord(_Inert):
     """A storage: the archive record ``data/<key>`` of ``numel`` elements."""
 
     key: str
@@ -94,7 +100,7 @@ class StorageRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRecord:
+class TensorRecord(_Inert):
     """A tensor in a torch archive: a strided view of a storage. Offsets and strides count elements.
 
     ``attributes`` is the ``__dict__`` of a tensor that had one (DeepSpeed sets ``ds_id``).
@@ -125,17 +131,17 @@ class TensorRecord:
         return True
 
 
-class TorchSize(tuple[int, ...]):
-    """``torch.Size``: a tuple that is written back as what it was."""
-
-    __slots__ = ()
-
-
 class _Sealed(type):
     """The metaclass of stand-ins: a pickle cannot set attributes on the class."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
         raise AttributeError(name)
+
+
+class TorchSize(tuple[int, ...], metaclass=_Sealed):
+    """``torch.Size``: a tuple that is written back as what it was."""
+
+    __slots__ = ()
 
 
 class Opaque(metaclass=_Sealed):
@@ -167,6 +173,23 @@ class Opaque(metaclass=_Sealed):
 
     def __repr__(self) -> str:
         return f"{self.module}.{self.qualname}{self.args!r}"
+
+
+def map_containers(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with ``change`` applied to the members of its containers, stand-ins among them.
+
+    Members that ``change`` returns as they are stay the same objects.
+    """
+    if isinstance(value, dict):
+        copy = value.copy()
+        copy.update({key: change(item) for key, item in value.items()})
+        return copy
+    if type(value) in (list, tuple):
+        return type(value)(change(item) for item in value)
+    if isinstance(value, Opaque):
+        args = tuple(change(item) for item in value.args)
+        return opaque(value.module, value.qualname, *args, state=change(value.state))
+    return value
 
 
 def opaque(module: str, qualname: str, *args: Any, state: Any = None) -> Opaque:
@@ -291,6 +314,39 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _defaultdict(factory: Named | None = None) -> Any:
+    known = None if factory is None else _TYPES[factory.name]
+    return collections.defaultdict(known)
+
+
+def _items(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A set is made from a list that the pickle spells out, and from nothing lazy."""
+
+    def make(items: Any = ()) -> Any:
+        if not isinstance(items, list | tuple):
+            raise ValueError(f"a set made from a {type(items).__name__}")
+        return kind(items)
+
+    return make
+
+
+def _bytearray(data: Any = b"", encoding: str = "latin-1") -> bytearray:
+    if isinstance(data, str) and encoding in ("latin-1", "latin1"):
+        data = data.encode("latin1")
+    if not isinstance(data, bytes):
+        raise ValueError(f"a bytearray made from a {type(data).__name__}")
+    return bytearray(data)
+
+
+_CALLABLE_BUILTINS: Mapping[str, _Function] = {
+    "set": _Function(_items(set)),
+    "frozenset": _Function(_items(frozenset)),
+    "bytearray": _Function(_bytearray),
+    "complex": _Function(complex),
+    "slice": _Function(slice),
+    "range": _Function(range),
+}
+
 _FUNCTIONS: Mapping[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): _Function(_rebuild_tensor_v3),
@@ -299,7 +355,7 @@ _FUNCTIONS: Mapping[tuple[str, str], Any] = {
     ("_codecs", "encode"): _Function(_encode),
     ("torch", "Size"): TorchSize,
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "defaultdict"): collections.defaultdict,
+    ("collections", "defaultdict"): _Function(_defaultdict),
 }
 
 
@@ -311,8 +367,11 @@ class _Restricted(pickle.Unpickler):
             return Named(module, name)
         if (module, name) == ("torch.storage", "UntypedStorage"):
             return Named(module, name)
-        if module in ("builtins", "__builtin__") and name in _BUILTINS:
-            return _BUILTINS[name]
+        if module in ("builtins", "__builtin__"):
+            if name in _CALLABLE_BUILTINS:
+                return _CALLABLE_BUILTINS[name]
+            if name in _TYPES:
+                return Named("builtins", name)
         if (module, name) in _OPAQUE:
             return _stand_in(module, name)
         raise UnsafePickleError(f"{module}.{name}")
@@ -378,6 +437,8 @@ def _write(out: bytearray, value: Any) -> None:
         _write_opaque(out, value)
     elif isinstance(value, Named):
         _write_global(out, value.module, value.name)
+    elif isinstance(value, _Sealed):  # a class as a value: numpy's _reconstruct is given one
+        _write_global(out, value.__dict__["module"], value.__dict__["qualname"])
     elif isinstance(value, TorchSize):
         _write_call(out, "torch", "Size", (tuple(value),))
     else:
@@ -412,14 +473,14 @@ def _write_plain(out: bytearray, value: Any) -> None:
         _write_call(out, "collections", "OrderedDict", ())
         _write_items(out, value)
     elif kind is collections.defaultdict:
-        _write_call(out, "collections", "defaultdict", (value.default_factory,))
+        factory = value.default_factory
+        named = None if factory is None else Named("builtins", factory.__name__)
+        _write_call(out, "collections", "defaultdict", (named,))
         _write_items(out, value)
     elif kind in (set, frozenset):
         _write_call(out, "__builtin__", kind.__name__, (sorted(value, key=repr),))
     elif kind in (complex, bytearray, slice, range):
         _write_call(out, "__builtin__", kind.__name__, _constructor_arguments(value))
-    elif value in _BUILTINS.values():
-        _write_global(out, "__builtin__", value.__name__)
     else:
         raise TypeError(f"cannot write a {kind.__name__} into a checkpoint")
 

@@ -28,6 +28,8 @@ _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
 _ALIGNMENT = 64  # torch aligns storages to this, relative to the start of the archive
 _ZIP64_LIMIT = 0xFFFFFFFF
+_CHUNK = 1 << 20
+_SAMPLE = 4096
 
 
 class _FileView(io.RawIOBase):
@@ -79,13 +81,22 @@ class TorchArchive:
             ) from error
         self._records = {self._inner_name(info.filename): info for info in archive.infolist()}
         directory = reader.read(path, archive.start_dir, self.size - archive.start_dir)
-        self.source = SourceFile(path, self.size, xxhash.xxh3_64_hexdigest(directory))
+        self.source = SourceFile(path, self.size, self._fingerprint(directory))
         for name, info in self._records.items():
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise UnreadableError(f"{self.where}: record {name} is compressed; torch stores.")
         if "byteorder" in self._records and self.read_record("byteorder") != b"little":
             raise UnreadableError(f"{self.where} was saved on a big-endian machine; not supported.")
         self.root: Any = pickles.loads(self.read_record("data.pkl"), where=self.where)
+
+    def _fingerprint(self, directory: bytes) -> str:
+        """Of the directory, and where it states no CRCs of the first bytes of every record."""
+        digest = xxhash.xxh3_64(directory)
+        for name, info in sorted(self._records.items()):
+            if not info.CRC and info.file_size:
+                length = min(_SAMPLE, info.file_size)
+                digest.update(self._reader.read(self.path, self.record_offset(name), length))
+        return digest.hexdigest()
 
     def _inner_name(self, name: str) -> str:
         return name.split("/", 1)[-1]
@@ -119,8 +130,19 @@ class TorchArchive:
         return self._records
 
     def storage_crc(self, record: TensorRecord) -> int:
-        """The CRC-32 the archive states for the storage of a tensor; equal bytes have equal CRCs."""
-        return self._info(f"data/{record.storage.key}").CRC
+        """The CRC-32 of a tensor's storage: as the archive states it, else computed.
+
+        torch can be told not to compute them (``set_crc32_options``) and then writes zeros.
+        """
+        name = f"data/{record.storage.key}"
+        info = self._info(name)
+        if info.CRC or not info.file_size:
+            return info.CRC
+        crc, start = 0, self.record_offset(name)
+        for low in range(0, info.file_size, _CHUNK):
+            length = min(_CHUNK, info.file_size - low)
+            crc = binascii.crc32(self._reader.read(self.path, start + low, length), crc)
+        return crc
 
     def offset_of(self, record: TensorRecord) -> int:
         """Byte offset of a contiguous tensor's first element in the file.
@@ -151,13 +173,7 @@ class TorchArchive:
         """``value`` with its tensors as ``Tensor``, so that they are streamed like all others."""
         if isinstance(value, TensorRecord):
             return self.tensor("client_state", "weight", value)
-        if isinstance(value, dict):
-            copy = value.copy()
-            copy.update({key: self.describe(item) for key, item in value.items()})
-            return copy
-        if type(value) in (list, tuple):
-            return type(value)(self.describe(item) for item in value)
-        return value
+        return pickles.map_containers(value, self.describe)
 
     def digest(self, value: Any) -> str:
         """A text equal for equal values; tensors compare by the CRC-32 of their storage."""
@@ -225,16 +241,9 @@ def _resolve(value: Any, payloads: list[Slot | Inline]) -> Any:
             stride *= size
         storage = StorageRecord(key, value.dtype, numel)
         return TensorRecord(storage, value.dtype, 0, value.shape, tuple(reversed(strides)))
-    if isinstance(value, dict):
-        items = [(key, _resolve(item, payloads)) for key, item in value.items()]
-        if type(value) is dict:
-            return dict(items)
-        copy = value.copy()
-        copy.update(items)
-        return copy
-    if type(value) in (list, tuple):
-        return type(value)(_resolve(item, payloads) for item in value)
-    return value
+    if isinstance(value, TensorRecord):
+        raise TypeError("a tensor of another archive; give its Tensor")
+    return pickles.map_containers(value, lambda item: _resolve(item, payloads))
 
 
 class _ZipBuilder:

@@ -56,7 +56,11 @@ def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
     reader = LocalReader(directory)
     for candidate in SOURCES:
         if candidate.recognises(reader):
-            return reader, candidate.read(reader)
+            try:
+                return reader, candidate.read(reader)
+            except BaseException:
+                reader.close()
+                raise
     names = reader.list()
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
     raise UnreadableError(

@@ -183,10 +183,11 @@ def _read_model(reader: Reader, archive: TorchArchive, rank: int, optim_name: st
             continue
         try:
             client[key] = archive.describe(value)
+            digests[key] = archive.digest(value)
         except UnreadableError as error:
             notes.append(f"client state {key!r} is left out: {error}")
-            continue
-        digests[key] = archive.digest(value)
+        except RecursionError:
+            notes.append(f"client state {key!r} is left out: it contains itself.")
     engine = {
         key: root[key]
         for key in ENGINE_KEYS
