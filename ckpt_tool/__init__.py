@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CkptToolError", "__version__", "consolidate", "convert", "open", "verify"]
+__all__ = ["CkptToolError", "__version__", "consolidate", "convert", "open", "reshard", "verify"]
 
 if TYPE_CHECKING:
-    from ckpt_tool.api import consolidate, convert, open, verify
+    from ckpt_tool.api import consolidate, convert, open, reshard, verify
     from ckpt_tool.errors import CkptToolError
 
 

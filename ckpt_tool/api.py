@@ -34,6 +34,9 @@ from ckpt_tool.verify import Verdict, check, check_replicas, compare
 
 PathLike = str | os.PathLike[str]
 
+# Targets that are the same at any topology.
+_WITHOUT_RANKS = frozenset({"universal", "hf"})
+
 DEFAULT_MAX_MEMORY = 1024 * MIB
 # Beside its weights, what a published model directory consists of.
 _CARRIED_OVER = tuple(
@@ -94,8 +97,14 @@ def convert(
     target: PathLike,
     *,
     to: str,
+    ep: int | None = None,
+    world: int | None = None,
+    like: PathLike | None = None,
+    style: str | None = None,
     dtype: str | None = None,
+    weights_only: bool = False,
     config: PathLike | None = None,
+    ds_config: PathLike | None = None,
     max_shard_bytes: int = 5_000_000_000,
     keep_groups: bool = False,
     verify: bool = False,
@@ -105,9 +114,14 @@ def convert(
     """Write the checkpoint at ``source`` in another format into the new directory ``target``.
 
     Args:
-        to: ``universal`` or ``hf``.
+        to: a target of ``formats.registry``: ``universal``, ``zero3``, ``hf``, ...
+        ep, world: the target's expert-parallel size and number of ranks; by default the source's.
+        like: a checkpoint that the target run saved itself; its layout is filled with the source's values.
+        style: a dialect of the target format.
         dtype: cast floats to ``fp32``, ``bf16`` or ``fp16``; None keeps what is stored.
+        weights_only: leave optimizer state out.
         config: a model's ``config.json``, or a directory with one.
+        ds_config: a DeepSpeed config (JSON) that supplies what the source does not say.
         max_shard_bytes: largest safetensors file.
         keep_groups: write the source's optimizer group settings into a Universal checkpoint.
         verify: compare the result with the source, bit for bit, before it is published.
@@ -129,6 +143,12 @@ def convert(
             max_shard_bytes=max_shard_bytes,
             extra_files=extra,
             keep_groups=keep_groups,
+            world=world,
+            ep=ep,
+            like=open(like) if like is not None else None,
+            style=style,
+            ds_config=_read_json(Path(ds_config)) if ds_config is not None else None,
+            weights_only=weights_only,
         )
         layout = TARGETS[to].layout(checkpoint, options)
         plan = make_plan(layout)
@@ -152,6 +172,44 @@ def convert(
         casts=tuple((cast.label, cast.source, cast.target) for cast in plan.casts),
         notes=layout.notes,
         verdict=verdict,
+    )
+
+
+def reshard(
+    source: PathLike,
+    target: PathLike,
+    *,
+    ep: int | None = None,
+    world: int | None = None,
+    like: PathLike | None = None,
+    weights_only: bool = False,
+    verify: bool = False,
+    dry_run: bool = False,
+    how: Execution | None = None,
+) -> Result:
+    """Write the checkpoint at ``source`` in its own format at another EP size or number of ranks.
+
+    Raises:
+        UsageError: the format has no ranks to re-shard for, or the sizes do not divide.
+    """
+    found = open(source).format
+    to = next((name for name, known in TARGETS.items() if known.name == found), None)
+    if to is None or to in _WITHOUT_RANKS:
+        raise UsageError(
+            f"{source} is {found}, which has no ranks or is not written; `ckpt-tool convert --to` writes "
+            f"another format: {', '.join(sorted(set(TARGETS) - _WITHOUT_RANKS))}."
+        )
+    return convert(
+        source,
+        target,
+        to=to,
+        ep=ep,
+        world=world,
+        like=like,
+        weights_only=weights_only,
+        verify=verify,
+        dry_run=dry_run,
+        how=how,
     )
 
 
@@ -314,6 +372,10 @@ def _identity(plan: Plan, checkpoint: Checkpoint, to: str, options: TargetOption
             "dtype": str(options.dtype or "keep"),
             "max_shard_bytes": options.max_shard_bytes,
             "keep_groups": options.keep_groups,
+            "ep": options.ep,
+            "world": options.world,
+            "style": options.style,
+            "weights_only": options.weights_only,
         },
         "identity": digest.hexdigest(),
     }
@@ -362,17 +424,22 @@ def _config(source: Path, given: PathLike | None) -> tuple[Mapping[str, Any] | N
 
 def _read_config(path: Path) -> Mapping[str, Any]:
     file = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{file} does not exist. Pass a config.json or a directory with one.") from None
-    except (ValueError, OSError) as error:
-        raise UnreadableError(f"{file} is not a readable config.json ({error}).") from error
-    if not isinstance(config, dict):
-        raise UnreadableError(f"{file} is not a config.json: it holds no JSON object.")
+    config = _read_json(file)
     if "model_type" not in config:
         raise MismatchError(f"{file} has no model_type, so it does not say which model this is.")
     return config
+
+
+def _read_json(file: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{file} does not exist.") from None
+    except (ValueError, OSError) as error:
+        raise UnreadableError(f"{file} is not readable JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise UnreadableError(f"{file} holds no JSON object.")
+    return value
 
 
 def _beside(directory: Path) -> dict[str, bytes]:

@@ -261,7 +261,10 @@ class Checkpoint:
     ``dialect`` says whose dense names these are: ``autoep`` (DeepSpeed AutoEP's modules),
     ``transformers`` (modules as transformers builds them) or ``hub`` (names in published files).
     ``tensors`` are in the model's own order as far as the format tells it. ``aliases`` maps a
-    further name of a tensor to the name it is listed under (tied weights).
+    further name of a tensor to the name it is listed under (tied weights). ``module_names`` are the
+    keys of the module's state dict in its own order (aliases and buffers among them), where the format
+    records them. ``layout_hint`` is what the format's own writer needs to write the like again; nobody
+    else looks into it.
     """
 
     format: str
@@ -275,6 +278,8 @@ class Checkpoint:
     moe_layers: tuple[MoELayer, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     model_config: Mapping[str, Any] | None = None
+    module_names: tuple[str, ...] = ()
+    layout_hint: Any = None
     notes: tuple[str, ...] = ()
 
     def by_key(self) -> dict[tuple[TensorName, str], Tensor]:

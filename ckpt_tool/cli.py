@@ -28,7 +28,7 @@ app = typer.Typer(
     epilog=_EPILOG,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Convert, consolidate and inspect Mixture-of-Experts training checkpoints in bounded memory.",
+    help="Convert, re-shard, consolidate and inspect Mixture-of-Experts checkpoints in bounded memory.",
 )
 
 Source = Annotated[
@@ -63,6 +63,17 @@ Config = Annotated[
 ShardSize = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest safetensors file.")
 ]
+Ep = Annotated[
+    int | None, typer.Option("--ep", "--ep-size", min=1, help="Expert-parallel size of the target run.")
+]
+World = Annotated[
+    int | None, typer.Option("--world", "--world-size", min=1, help="Number of ranks of the target run.")
+]
+Like = Annotated[
+    Path | None,
+    typer.Option("--like", help="A checkpoint the target run saved itself: its layout, with these values."),
+]
+WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="Leave optimizer state out.")]
 _MEMORY = "1GiB"
 
 
@@ -113,7 +124,15 @@ def inspect(
 def convert(
     src: Source,
     dst: Destination,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="universal or hf.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="universal, zero3 or hf.")],
+    ep: Ep = None,
+    world: World = None,
+    like: Like = None,
+    weights_only: WeightsOnly = False,
+    ds_config: Annotated[
+        Path | None,
+        typer.Option("--ds-config", help="A DeepSpeed config, for what the source does not say."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="DTYPE", help="keep, fp32, bf16 or fp16 (hf only).")
     ] = "keep",
@@ -140,10 +159,50 @@ def convert(
             src,
             dst,
             to=to,
+            ep=ep,
+            world=world,
+            like=like,
+            weights_only=weights_only,
+            ds_config=ds_config,
             dtype=dtype,
             config=config,
             max_shard_bytes=parse_size(max_shard_size),
             keep_groups=keep_groups,
+            verify=verify,
+            dry_run=dry_run,
+            how=_execution(max_memory, workers, no_fsync, overwrite, progress),
+        )
+    _print_result(result, dry_run=dry_run, json=json, quiet=quiet)
+
+
+@app.command()
+def reshard(
+    src: Source,
+    dst: Destination,
+    ep: Ep = None,
+    world: World = None,
+    like: Like = None,
+    weights_only: WeightsOnly = False,
+    verify: VerifyResult = False,
+    max_memory: MaxMemory = _MEMORY,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    no_fsync: NoFsync = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checkpoint in its own format for another EP size or number of ranks; it resumes exactly."""
+    from ckpt_tool import api
+
+    with _progress("reshard", quiet or json) as progress:
+        result = api.reshard(
+            src,
+            dst,
+            ep=ep,
+            world=world,
+            like=like,
+            weights_only=weights_only,
             verify=verify,
             dry_run=dry_run,
             how=_execution(max_memory, workers, no_fsync, overwrite, progress),

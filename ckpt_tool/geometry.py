@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from ckpt_tool.canonical import Box, Region, Tensor
 from ckpt_tool.errors import CoverageError
@@ -41,11 +41,19 @@ class CutRegions:
 
     def __iter__(self) -> Iterator[Piece]:
         for cut in self._cuts:
-            for piece in pieces(cut.tensor, cut.source, cut.numel):
-                if isinstance(piece, Region):
-                    yield piece._replace(start=cut.start + piece.start - cut.source)
-                else:
-                    raise CoverageError(f"{cut.tensor.label()} is not stored in contiguous runs.")
+            yield from self._pieces(cut, 0, cut.numel)
+
+    def overlapping(self, start: int, numel: int) -> Iterator[Piece]:
+        for cut in self._cuts:
+            low, high = max(cut.start, start), min(cut.start + cut.numel, start + numel)
+            if low < high:
+                yield from self._pieces(cut, low - cut.start, high - low)
+
+    def _pieces(self, cut: Cut, skip: int, numel: int) -> Iterator[Piece]:
+        for piece in pieces(cut.tensor, cut.source + skip, numel):
+            if not isinstance(piece, Region):
+                raise CoverageError(f"{cut.tensor.label()} is not stored in contiguous runs.")
+            yield piece._replace(start=cut.start + piece.start - cut.source)
 
 
 class Axis(NamedTuple):
@@ -144,19 +152,31 @@ def _with(tensor: Tensor, shape: tuple[int, ...], regions: Iterable[Piece]) -> T
 def pieces(tensor: Tensor, start: int, numel: int) -> list[Piece]:
     """What holds elements ``start .. start + numel`` of the flattened ``tensor``.
 
-    Runs are in order and cover the range exactly; where boxes are among them, all elements of the
-    range are covered exactly once.
+    Runs are in order and cover the range exactly; where boxes are among them, their sizes add up to
+    it, and ``check_disjoint`` tells that they do not overlap.
 
     Raises:
         CoverageError: an element in that range lies nowhere, or in two places.
     """
-    regions = list(tensor.regions)
+    regions = _overlapping(tensor.regions, start, numel)
     if all(isinstance(region, Region) for region in regions):
         return list(_runs(tensor, sorted(r for r in regions if isinstance(r, Region)), start, numel))
-    if start == 0 and numel == tensor.numel:
-        check_boxes(tensor, regions)
-        return regions
     return clip(tensor, regions, start, numel)
+
+
+@runtime_checkable
+class _Searchable(Protocol):
+    """Regions that find those of a range without going through all."""
+
+    def overlapping(self, start: int, numel: int) -> Iterable[Piece]:
+        """At least the regions that hold elements ``start .. start + numel``."""
+        ...
+
+
+def _overlapping(regions: Iterable[Piece], start: int, numel: int) -> list[Piece]:
+    if isinstance(regions, _Searchable):
+        return list(regions.overlapping(start, numel))
+    return list(regions)
 
 
 def clip(tensor: Tensor, regions: Iterable[Piece], start: int, numel: int) -> list[Piece]:
@@ -216,12 +236,16 @@ def _gap_or_overlap(tensor: Tensor, position: int, region: Region) -> str:
     )
 
 
-def check_boxes(tensor: Tensor, regions: Sequence[Piece]) -> None:
-    """Every element of ``tensor`` lies in exactly one of ``regions``.
+def check_disjoint(tensor: Tensor) -> None:
+    """Every element of ``tensor`` lies in exactly one of its regions, where boxes are among them.
 
-    Disjoint, inside the tensor, and as many as it has. Disjointness is found by a sweep along the
-    dimension with most distinct origins, so a grid of n chunks costs about n * sqrt(n).
+    Runs are checked where they are used, by ``pieces``. Boxes have to be disjoint, inside the tensor, and
+    as many elements as it has. Disjointness is found by a sweep along the dimension with most distinct
+    origins, so a grid of n chunks costs about n * sqrt(n).
     """
+    regions = list(tensor.regions)
+    if not any(isinstance(region, Box) for region in regions):
+        return
     boxes = [box for region in regions for box in _lowered(region, tensor.shape, tensor.dtype.itemsize)]
     boxes = [box for box in boxes if math.prod(box.counts)]
     for box in boxes:

@@ -7,7 +7,7 @@ executor, which know no format.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckpt_tool.canonical import DType, Tensor
@@ -63,10 +63,13 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class CrcSlot:
-    """Four bytes at ``offset``, inside a literal, that take the CRC-32 of fill number ``fill``."""
+    """Four bytes at ``offset``, inside a literal, that take the CRC-32 of a record.
+
+    ``parts`` are what the record consists of, in order: numbers of fills, and literal bytes.
+    """
 
     offset: int
-    fill: int
+    parts: tuple[int | bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +87,13 @@ class TargetFile:
 class Layout:
     """All files of a target, and what the user is to know about it.
 
+    ``files`` may compute each file when it is asked for: a large target has millions of fills.
     ``source`` is the catalogue the fills draw from, under the names the target uses. ``left_out`` maps
     the label of each tensor of it that the target has no place for to the reason.
     ``notes`` are sentences for the report.
     """
 
-    files: tuple[TargetFile, ...]
+    files: Sequence[TargetFile]
     source: tuple[Tensor, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -7,13 +7,13 @@ accounted for refuses the conversion before a byte is written. The same inputs g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ckpt_tool.canonical import Tensor
+from ckpt_tool.canonical import Regions, Tensor
 from ckpt_tool.errors import CkptToolError, CoverageError
-from ckpt_tool.geometry import Piece, pieces
+from ckpt_tool.geometry import Piece, check_disjoint, pieces
 from ckpt_tool.layout import Fill, Layout, TargetFile
 
 
@@ -39,7 +39,7 @@ class Plan:
     casts: tuple[Cast, ...]
 
     @property
-    def files(self) -> tuple[TargetFile, ...]:
+    def files(self) -> Sequence[TargetFile]:
         return self.layout.files
 
 
@@ -55,10 +55,11 @@ def make_plan(layout: Layout) -> Plan:
         CoverageError: a source element is missing or ambiguous, a source tensor is neither used nor
             named as left out, or a target file has a gap or an overlap.
     """
-    used: dict[str, list[tuple[int, int]]] = {}
+    used: dict[str, _Ranges] = {}
     casts: dict[str, Cast] = {}
     bytes_read = bytes_written = 0
     paths: set[str] = set()
+    seen: dict[int, Regions] = {}  # holds what it has seen, so that no id is used again
     for file in layout.files:
         if file.path in paths:
             raise CkptToolError(f"The target would have two files named {file.path}.")
@@ -67,29 +68,50 @@ def make_plan(layout: Layout) -> Plan:
         bytes_written += file.size
         for fill in file.fills:
             tensor = fill.tensor
+            if id(tensor.regions) not in seen:
+                seen[id(tensor.regions)] = tensor.regions
+                check_disjoint(tensor)
             copies(fill)
             bytes_read += fill.numel * tensor.dtype.itemsize
-            used.setdefault(tensor.label(), []).append((fill.start, fill.start + fill.numel))
+            used.setdefault(tensor.label(), _Ranges()).add(fill.start, fill.numel)
             if fill.dtype is not tensor.dtype:
                 label = tensor.label()
                 casts[label] = Cast(label, str(tensor.dtype), str(fill.dtype))
     for tensor in layout.source:
-        _check_use(tensor, used.get(tensor.label(), []), layout)
+        _check_use(tensor, used.get(tensor.label()), layout)
     return Plan(layout, bytes_read, bytes_written, tuple(casts.values()))
 
 
-def _check_use(tensor: Tensor, ranges: list[tuple[int, int]], layout: Layout) -> None:
+class _Ranges:
+    """The elements of a tensor that were used. Adjacent ranges become one, so that the ranks of a large
+    run, which take neighbouring pieces, leave few."""
+
+    def __init__(self) -> None:
+        self._start_of: dict[int, int] = {}  # end of a range -> its start
+
+    def add(self, start: int, numel: int) -> None:
+        end, first = start + numel, self._start_of.pop(start, start)
+        self._start_of[end] = min(first, self._start_of.get(end, first))
+
+    def first_unused(self) -> int:
+        """The first element not in any range."""
+        position = 0
+        for start, end in sorted((start, end) for end, start in self._start_of.items()):
+            if start > position:
+                break
+            position = max(position, end)
+        return position
+
+
+def _check_use(tensor: Tensor, used: _Ranges | None, layout: Layout) -> None:
     if tensor.label() in layout.left_out:
         return
-    position = 0
-    for low, high in sorted(ranges):
-        if low > position:
-            break
-        position = max(position, high)
-    if position < tensor.numel or not ranges:
+    position = used.first_unused() if used else 0
+    if used is None or position < tensor.numel:
+        where = tensor.element(position) if tensor.numel else tensor.label()
         raise CoverageError(
-            f"{tensor.element(position) if tensor.numel else tensor.label()}: the target has no place "
-            "for it and it is not named as left out. This is a bug in ckpt-tool; nothing was written."
+            f"{where}: the target has no place for it and it is not named as left out. This is a bug in "
+            "ckpt-tool; nothing was written."
         )
 
 

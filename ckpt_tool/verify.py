@@ -27,7 +27,7 @@ from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.execute.threads import in_parallel
 from ckpt_tool.families import family_of
 from ckpt_tool.families.naming import to_hub
-from ckpt_tool.geometry import Piece, clip, pieces
+from ckpt_tool.geometry import Piece, check_disjoint, clip, pieces
 from ckpt_tool.storage import Reader
 
 _memcmp = ctypes.CDLL(None).memcmp
@@ -212,6 +212,8 @@ def _values(
     def work() -> Iterator[tuple[int, _Pair, list[Piece], list[Piece], int, int]]:
         for number, pair in enumerate(pairs):
             try:
+                for tensor in pair:
+                    check_disjoint(tensor)
                 one, other = (pieces(tensor, 0, tensor.numel) for tensor in pair)
             except CkptToolError as error:
                 found[number] = (0, Difference("coverage", str(pair.a.name), str(error)))
@@ -356,6 +358,7 @@ def check(
     differences: list[Difference] = []
     for tensor in checkpoint.tensors:
         try:
+            check_disjoint(tensor)
             pieces(tensor, 0, tensor.numel)
         except CkptToolError as error:
             differences.append(Difference("coverage", str(tensor.name), str(error)))

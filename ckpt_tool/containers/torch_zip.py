@@ -11,7 +11,7 @@ import binascii
 import io
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +33,10 @@ _SAMPLE = 4096
 
 
 class _FileView(io.RawIOBase):
-    """A seekable view of a stored file for the zip module."""
+    """A seekable view of a range of a stored file for the zip module."""
 
-    def __init__(self, reader: Reader, path: str) -> None:
-        self._reader, self._path, self._size, self._position = reader, path, reader.size(path), 0
+    def __init__(self, reader: Reader, path: str, base: int, size: int) -> None:
+        self._reader, self._path, self._base, self._size, self._position = reader, path, base, size, 0
 
     def readable(self) -> bool:
         return True
@@ -54,7 +54,7 @@ class _FileView(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count = max(0, min(len(buffer), self._size - self._position))
-        self._reader.read_into(self._path, self._position, memoryview(buffer)[:count])
+        self._reader.read_into(self._path, self._base + self._position, memoryview(buffer)[:count])
         self._position += count
         return count
 
@@ -62,32 +62,50 @@ class _FileView(io.RawIOBase):
 class TorchArchive:
     """One file written by ``torch.save``, known by its directory; data is only described.
 
+    ``offset`` and ``length`` say where in the file the archive lies: a .distcp file is many archives
+    back to back. ``extra`` is passed on to ``pickles.loads``.
+
     Raises:
         UnreadableError: the file is missing, truncated, or no torch archive.
         UnsafePickleError: its pickle names something a checkpoint has no business naming.
     """
 
-    def __init__(self, reader: Reader, path: str) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        path: str,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        extra: Mapping[tuple[str, str], Any] | None = None,
+    ) -> None:
         self.path = path
-        self._reader = reader
-        self.where = f"{reader.root}/{path}"
-        self.size = reader.size(path)
+        self._reader, self._base = reader, offset
+        self.where = f"{reader.root}/{path}" + (f" at byte {offset}" if length is not None else "")
+        held = reader.size(path)
+        self.size = held if length is None else length
+        if offset + self.size > held:
+            raise UnreadableError(
+                f"{self.where}: {self.size} bytes should lie here, the file has {held}: truncated while "
+                "copying or saving."
+            )
         try:
-            archive = zipfile.ZipFile(io.BufferedReader(_FileView(reader, path), 4096))
+            view = _FileView(reader, path, offset, self.size)
+            archive = zipfile.ZipFile(io.BufferedReader(view, 4096))
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise UnreadableError(
                 f"{self.where} is not a complete torch archive ({error}): truncated while copying or "
                 "saving, or another kind of file."
             ) from error
         self._records = {self._inner_name(info.filename): info for info in archive.infolist()}
-        directory = reader.read(path, archive.start_dir, self.size - archive.start_dir)
+        directory = reader.read(path, offset + archive.start_dir, self.size - archive.start_dir)
         self.source = SourceFile(path, self.size, self._fingerprint(directory))
         for name, info in self._records.items():
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise UnreadableError(f"{self.where}: record {name} is compressed; torch stores.")
         if "byteorder" in self._records and self.read_record("byteorder") != b"little":
             raise UnreadableError(f"{self.where} was saved on a big-endian machine; not supported.")
-        self.root: Any = pickles.loads(self.read_record("data.pkl"), where=self.where)
+        self.root: Any = pickles.loads(self.read_record("data.pkl"), where=self.where, extra=extra)
 
     def _fingerprint(self, directory: bytes) -> str:
         """Of the directory, and where it states no CRCs of the first bytes of every record."""
@@ -117,14 +135,14 @@ class TorchArchive:
     def record_offset(self, name: str) -> int:
         """Where a record's data begins in the file; its local header alone knows the padding."""
         info = self._info(name)
-        header = self._reader.read(self.path, info.header_offset, _LOCAL_HEADER.size)
+        header = self._reader.read(self.path, self._base + info.header_offset, _LOCAL_HEADER.size)
         signature, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if signature != b"PK\x03\x04" or start + info.file_size > self.size:
             raise UnreadableError(
                 f"{self.where}: record {name} is not where the directory says. The file is damaged."
             )
-        return int(start)
+        return self._base + int(start)
 
     def records(self) -> Mapping[str, zipfile.ZipInfo]:
         return self._records
@@ -150,6 +168,15 @@ class TorchArchive:
         Raises:
             UnreadableError: the record is shorter than the storage, or the tensor is not contiguous.
         """
+        if not record.is_contiguous:
+            raise UnreadableError(
+                f"{self.where}: a tensor of shape {record.shape} is stored with strides "
+                f"{record.stride}; only contiguous tensors are read here."
+            )
+        return self.strided_offset_of(record)
+
+    def strided_offset_of(self, record: TensorRecord) -> int:
+        """The same for a tensor of any strides."""
         storage = record.storage
         name = f"data/{storage.key}"
         itemsize = 1 if storage.dtype is None else storage.dtype.itemsize
@@ -157,11 +184,6 @@ class TorchArchive:
             raise UnreadableError(
                 f"{self.where}: record {name} has {self._info(name).file_size} bytes; its tensor "
                 f"needs {storage.numel * itemsize}. The file is damaged."
-            )
-        if not record.is_contiguous:
-            raise UnreadableError(
-                f"{self.where}: a tensor of shape {record.shape} is stored with strides "
-                f"{record.stride}; only contiguous tensors are read here."
             )
         return self.record_offset(name) + record.offset * record.dtype.itemsize
 
@@ -206,13 +228,30 @@ class Inline:
     dtype: DType
 
 
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """A one-dimensional tensor put together from ``parts`` in order; a number is so many zero elements.
+
+    ``requires_grad`` and ``attributes`` (its ``__dict__``) are stored with it.
+    """
+
+    parts: tuple[Slot | int, ...]
+    dtype: DType
+    requires_grad: bool = False
+    attributes: Mapping[str, Any] | None = None
+
+    @property
+    def numel(self) -> int:
+        return sum(part if isinstance(part, int) else part.numel for part in self.parts)
+
+
 def torch_file(path: str, value: Any, *, zip64_limit: int = _ZIP64_LIMIT) -> TargetFile:
     """The layout of an archive that ``torch.load`` reads as ``value``.
 
     ``value`` may hold ``Slot``, ``Inline`` and whole ``Tensor`` wherever a tensor belongs. The same
     value always gives the same bytes.
     """
-    payloads: list[Slot | Inline] = []
+    payloads: list[Slot | Inline | Flat] = []
     resolved = _resolve(value, payloads)
     builder = _ZipBuilder(zip64_limit)
     builder.literal("archive/data.pkl", pickles.dumps(resolved))
@@ -222,15 +261,21 @@ def torch_file(path: str, value: Any, *, zip64_limit: int = _ZIP64_LIMIT) -> Tar
         if isinstance(payload, Inline):
             builder.literal(name, payload.data)
         else:
-            builder.fill(name, payload)
+            builder.fill(name, payload.parts if isinstance(payload, Flat) else (payload,), payload.dtype)
     builder.literal("archive/version", b"3\n")
     return builder.finish(path)
 
 
-def _resolve(value: Any, payloads: list[Slot | Inline]) -> Any:
+def _resolve(value: Any, payloads: list[Slot | Inline | Flat]) -> Any:
     """``value`` with every tensor to be written turned into a record of its future place."""
     if isinstance(value, Tensor):
         value = whole(value)
+    if isinstance(value, Flat):
+        key, numel = str(len(payloads)), value.numel
+        payloads.append(value)
+        storage = StorageRecord(key, value.dtype, numel)
+        attributes = None if value.attributes is None else dict(value.attributes)
+        return TensorRecord(storage, value.dtype, 0, (numel,), (1,), value.requires_grad, attributes)
     if isinstance(value, Slot | Inline):
         key = str(len(payloads))
         payloads.append(value)
@@ -255,7 +300,7 @@ class _ZipBuilder:
         self._fills: list[Fill] = []
         self._slots: list[CrcSlot] = []
         self._central = bytearray()
-        self._central_slots: list[tuple[int, int]] = []  # (position in central, fill)
+        self._central_slots: list[CrcSlot] = []  # positions within ``_central``
         self._count = 0
         self._position = 0
 
@@ -263,14 +308,22 @@ class _ZipBuilder:
         self._header(name, len(data), binascii.crc32(data))
         self._put(data)
 
-    def fill(self, name: str, slot: Slot) -> None:
-        nbytes = slot.numel * slot.dtype.itemsize
+    def fill(self, name: str, slots: Sequence[Slot | int], dtype: DType) -> None:
+        nbytes = sum(slot * dtype.itemsize if isinstance(slot, int) else slot.nbytes for slot in slots)
         crc_at, central_crc_at = self._header(name, nbytes, 0)
-        index = len(self._fills)
-        self._slots.append(CrcSlot(crc_at, index))
-        self._central_slots.append((central_crc_at, index))
-        self._fills.append(Fill(self._position, slot.tensor, slot.start, slot.numel, slot.dtype))
-        self._position += nbytes
+        parts: list[int | bytes] = []
+        for slot in slots:
+            if isinstance(slot, int):
+                zeros = bytes(slot * dtype.itemsize)
+                parts.append(zeros)
+                self._put(zeros)
+            else:
+                parts.append(len(self._fills))
+                fill = Fill(self._position, slot.tensor, slot.start, slot.numel, dtype)
+                self._fills.append(fill)
+                self._position += fill.nbytes
+        self._slots.append(CrcSlot(crc_at, tuple(parts)))
+        self._central_slots.append(CrcSlot(central_crc_at, tuple(parts)))
 
     def _header(self, name: str, size: int, crc: int) -> tuple[int, int]:
         """Write both headers of a record; return the positions of its two CRC fields."""
@@ -316,7 +369,7 @@ class _ZipBuilder:
 
     def finish(self, path: str) -> TargetFile:
         start, size = self._position, len(self._central)
-        self._slots += [CrcSlot(start + at, fill) for at, fill in self._central_slots]
+        self._slots += [CrcSlot(start + slot.offset, slot.parts) for slot in self._central_slots]
         self._put(bytes(self._central))
         if start >= self._limit:
             self._put(

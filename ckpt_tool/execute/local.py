@@ -22,7 +22,7 @@ from ckpt_tool.execute.gather import gather
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.execute.threads import in_parallel
 from ckpt_tool.geometry import Piece
-from ckpt_tool.layout import Fill, TargetFile
+from ckpt_tool.layout import CrcSlot, Fill, TargetFile
 from ckpt_tool.plan import Extent, Plan, copies, extents
 from ckpt_tool.storage import Reader, Writer
 
@@ -144,18 +144,29 @@ class _Run:
         crcs = [0] * len(target.fills)
         for (fill, _), (crc, length) in sorted(file.crcs.items()):
             crcs[fill] = isal_zlib.crc32_combine(crcs[fill], crc, length)
+        slots = {slot.offset: _record_crc(slot, crcs, target) for slot in target.crc_slots}
         for literal in target.literals:
             data = bytearray(literal.data)
-            for slot in target.crc_slots:
-                at = slot.offset - literal.offset
+            for offset, crc in slots.items():
+                at = offset - literal.offset
                 if 0 <= at < len(data):
-                    data[at : at + 4] = crcs[slot.fill].to_bytes(4, "little")
+                    data[at : at + 4] = crc.to_bytes(4, "little")
             self._sink.write(target.path, literal.offset, bytes(data))
             self._meter.add(len(data))
             file.written.append(WrittenExtent(literal.offset, len(data), xxhash.xxh3_64_hexdigest(data)))
         self._sink.finish(target.path)
         with self._lock:
             self._on_file(WrittenFile(target.path, target.size, tuple(sorted(file.written))))
+
+
+def _record_crc(slot: CrcSlot, crcs: list[int], target: TargetFile) -> int:
+    crc = 0
+    for part in slot.parts:
+        if isinstance(part, bytes):
+            crc = isal_zlib.crc32(part, crc)
+        else:
+            crc = isal_zlib.crc32_combine(crc, crcs[part], target.fills[part].nbytes)
+    return crc
 
 
 class _Tile:

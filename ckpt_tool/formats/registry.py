@@ -10,12 +10,17 @@ from ckpt_tool.errors import UnreadableError
 from ckpt_tool.formats.base import SourceFormat, TargetFormat
 from ckpt_tool.formats.deepspeed.universal import Universal
 from ckpt_tool.formats.deepspeed.zero3 import Zero3
+from ckpt_tool.formats.deepspeed.zero3_target import Zero3Target
 from ckpt_tool.formats.hf import HuggingFace
 from ckpt_tool.storage import LocalReader, Reader
 
 # In order of detection: a Universal directory also has a stage-3 model file.
 SOURCES: tuple[SourceFormat, ...] = (Universal(), Zero3(), HuggingFace())
-TARGETS: Mapping[str, TargetFormat] = {"universal": Universal(), "hf": HuggingFace()}
+TARGETS: Mapping[str, TargetFormat] = {
+    "universal": Universal(),
+    "zero3": Zero3Target(),
+    "hf": HuggingFace(),
+}
 
 # Files that name the subdirectory to take, in order of preference.
 _TAG_FILES = ("latest", "latest_universal")

@@ -43,12 +43,20 @@ class PartitionRegions:
         self._skip = within * itemsize
 
     def __iter__(self) -> Iterator[Region]:
+        return self.overlapping(0, self._numel)
+
+    def overlapping(self, start: int, numel: int) -> Iterator[Region]:
+        """The partitions that hold elements ``start .. start + numel``."""
         size = partition_size(self._numel, len(self._files))
-        for rank, (file, base) in enumerate(zip(self._files, self._bases, strict=True)):
-            start = rank * size
-            if start >= self._numel:
-                return
-            yield Region(start, min(size, self._numel - start), file, base + self._skip)
+        end = min(start + numel, self._numel)
+        for rank in range(start // max(1, size), -(-end // max(1, size))):
+            first = rank * size
+            yield Region(
+                first,
+                min(size, self._numel - first),
+                self._files[rank],
+                self._bases[rank] + self._skip,
+            )
 
 
 def expert_holders(entry: Mapping[str, Any], where: str) -> tuple[tuple[int, ...], ...]:

@@ -65,6 +65,19 @@ class FlatState:
     dtype: DType
 
 
+@dataclass(frozen=True, slots=True)
+class SavedObjects:
+    """What rank 0 saved, its tensors described: to write the like again with every key in its place.
+
+    ``model`` and ``optimizer`` are the objects of its two files; ``bf16`` says that the optimizer's file
+    name has the prefix of a bf16 engine.
+    """
+
+    model: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+    bf16: bool
+
+
 @dataclass(slots=True)
 class RankFiles:
     """What the two files of one rank say.
@@ -73,6 +86,7 @@ class RankFiles:
     EP-local) shapes. ``states[i]`` maps a state of sub-group i to its flat buffer, ``scalars[i]`` to
     its value. ``engine`` and ``client`` are the remaining keys of the model file; tensors in
     ``client`` are ``Tensor``. ``client_digests`` compare client values across ranks by content.
+    ``saved`` is kept of rank 0 only.
     """
 
     rank: int
@@ -96,6 +110,7 @@ class RankFiles:
     param_groups: list[Mapping[str, Any]] = field(default_factory=list)
     loss_scale: Mapping[str, Any] = field(default_factory=dict)
     zero_stage: int = 3
+    saved: SavedObjects | None = None
 
 
 def file_names(reader: Reader) -> list[tuple[str, str]]:
@@ -150,6 +165,17 @@ def _read_rank(reader: Reader, rank: int, model_name: str, optim_name: str) -> R
     optim = TorchArchive(reader, optim_name)
     _read_optim(reader, optim, files)
     files.sources = (model.source, optim.source)
+    if rank == 0:
+        left_out = set(model.root) - ENGINE_KEYS - set(files.client)
+        files.saved = SavedObjects(
+            {
+                key: files.client[key] if key in files.client else model.describe(value)
+                for key, value in model.root.items()
+                if key not in left_out
+            },
+            optim.describe(optim.root),
+            optim_name.startswith("bf16_"),
+        )
     return files
 
 

@@ -222,6 +222,8 @@ class _Catalogue:
             scalars=self._scalars,
             moe_layers=tuple(self._moe_layer(prefix) for prefix in self._autoep.layers),
             aliases=aliases,
+            module_names=self._first.module_names,
+            layout_hint=self._first.saved,
             notes=tuple(note for files in self._ranks[:1] for note in files.notes),
         )
 

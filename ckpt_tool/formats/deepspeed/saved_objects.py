@@ -1,0 +1,175 @@
+"""The objects in rank 0's files: those of the source, of a template, or made from what is known.
+
+A source that is ZeRO-3 itself has them. For any other, they are made as deepspeed 0.19.8 saves them
+(runtime/engine.py ``_save_checkpoint``, runtime/zero/stage3.py ``_rigid_state_dict``), in its key order.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ckpt_tool.canonical import Checkpoint, DType, ExpertName, Role
+from ckpt_tool.containers.pickles import TorchSize, opaque
+from ckpt_tool.containers.torch_zip import Inline
+from ckpt_tool.errors import UsageError
+from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.deepspeed.names import AUTOEP_OF, expert_parameter
+from ckpt_tool.formats.deepspeed.rank_files import SavedObjects
+
+VERSION = "0.19.8"
+
+
+def saved_objects(checkpoint: Checkpoint, options: TargetOptions) -> SavedObjects:
+    """What the target's files are modelled on."""
+    if options.like is not None:
+        template = options.like.layout_hint
+        if not isinstance(template, SavedObjects):
+            raise UsageError(
+                f"--like {options.like.root} is {options.like.format}; a ZeRO-3 checkpoint is needed."
+            )
+        return _with_progress(template, checkpoint)
+    saved = checkpoint.layout_hint
+    if isinstance(saved, SavedObjects):
+        module = _with_buffers(saved.model["module"], checkpoint)
+        return SavedObjects({**saved.model, "module": module}, saved.optimizer, saved.bf16)
+    return _made(checkpoint, options)
+
+
+def shape_type(saved: SavedObjects) -> Callable[[tuple[int, ...]], Any]:
+    """``param_shapes`` holds torch.Size without MoE layers, and tuples with them."""
+    for group in saved.model["param_shapes"]:
+        for shape in group.values():
+            return TorchSize if isinstance(shape, TorchSize) else tuple
+    return tuple
+
+
+def _with_progress(template: SavedObjects, checkpoint: Checkpoint) -> SavedObjects:
+    """A template's objects with the source's counters, scheduler, buffers and client state in them."""
+    training = checkpoint.training
+    model = dict(template.model) | dict(training.client_state) | dict(training.counters)
+    if training.scheduler is not None and model.get("lr_scheduler") is not None:
+        model["lr_scheduler"] = training.scheduler
+    model["module"] = _with_buffers(model["module"], checkpoint)
+    zero = dict(template.optimizer["optimizer_state_dict"]) | dict(training.loss_scale)
+    return SavedObjects(model, {**template.optimizer, "optimizer_state_dict": zero}, template.bf16)
+
+
+def _with_buffers(module: Mapping[str, Any], checkpoint: Checkpoint) -> OrderedDict[str, Any]:
+    """The module with the checkpoint's buffers in it, also under their further names."""
+    buffers = {tensor.name: tensor for tensor in checkpoint.values() if tensor.role is Role.BUFFER}
+    return OrderedDict(
+        (name, buffers.get(checkpoint.aliases.get(name, name), value)) for name, value in module.items()
+    )
+
+
+def _made(checkpoint: Checkpoint, options: TargetOptions) -> SavedObjects:
+    training = checkpoint.training
+    if not checkpoint.module_names:
+        raise UsageError(
+            f"A {checkpoint.format} source does not say in which order the model has its parameters, and a "
+            "wrong order would load without an error. Pass --like with a checkpoint that the target run "
+            "saved itself (at step 0, say)."
+        )
+    config = options.ds_config if options.ds_config is not None else training.config
+    bf16 = _enabled(config, "bf16")
+    compute = DType.bfloat16 if bf16 else DType.float16 if _enabled(config, "fp16") else DType.float32
+    version = training.engine_version or VERSION
+    has_experts = bool(checkpoint.moe_layers)
+    model: dict[str, Any] = {
+        "module": _module(checkpoint, compute),
+        "buffer_names": [t.name for t in checkpoint.tensors if t.role is Role.BUFFER],
+        "optimizer": None,
+        "param_shapes": [OrderedDict({"": () if has_experts else TorchSize(())})],
+        "frozen_param_shapes": OrderedDict(
+            (t.name, t.shape if has_experts else TorchSize(t.shape))
+            for t in checkpoint.tensors
+            if t.role is Role.FROZEN
+        ),
+        "shared_params": _tied(checkpoint),
+        "frozen_param_fragments": OrderedDict(),
+        "lr_scheduler": training.scheduler,
+        "data_sampler": None,
+        "random_ltd": None,
+        "skipped_steps": training.counters.get("skipped_steps", 0),
+        "global_steps": training.step or 0,
+        "global_samples": training.counters.get("global_samples", 0),
+        "dp_world_size": 0,
+        "mp_world_size": 1,
+        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+        "ds_config": dict(config),
+        "ds_version": version,
+    }
+    if has_experts:
+        layers: list[Any] = []
+        model["num_experts"] = [layer.num_experts for layer in checkpoint.moe_layers]
+        model["ds_autoep_layers"] = layers
+        model["universal_checkpoint_info"] = {
+            "universal_checkpoint_version": 0.4,
+            "expert_parameter_patterns": [r".*\.experts\.w[123]$"],
+            "ds_autoep_layers": layers,
+        }
+    model |= dict(training.client_state)
+    return SavedObjects(model, _optimizer(checkpoint, config, version), bf16)
+
+
+def _module(checkpoint: Checkpoint, compute: DType) -> OrderedDict[str, Any]:
+    """Placeholders of no elements for parameters, buffers in full, no experts."""
+    layers = {layer.layer_path: layer for layer in checkpoint.moe_layers}
+    experts = {
+        expert_parameter(ExpertName(path, projection), layers)
+        for path in layers
+        for projection in AUTOEP_OF
+    }
+    values = {tensor.name: tensor for tensor in checkpoint.values()}
+    module: OrderedDict[str, Any] = OrderedDict()
+    for name in checkpoint.module_names:
+        tensor = values.get(checkpoint.aliases.get(name, name))
+        if name in experts:
+            continue
+        buffer = tensor is not None and tensor.role is Role.BUFFER
+        module[name] = tensor if buffer else Inline(b"", (0,), compute)
+    return module
+
+
+def _tied(checkpoint: Checkpoint) -> dict[str, str]:
+    """Tied weights, without the router's second name, which the engine does not list."""
+    blocks = tuple(f"{layer.module}." for layer in checkpoint.moe_layers)
+    return {alias: name for alias, name in checkpoint.aliases.items() if not alias.startswith(blocks)}
+
+
+def _optimizer(checkpoint: Checkpoint, config: Mapping[str, Any], version: str) -> dict[str, Any]:
+    scale = dict(checkpoint.training.loss_scale)
+    if "loss_scaler" not in scale:
+        if _enabled(config, "fp16"):
+            raise UsageError(
+                "An fp16 run needs its dynamic loss scale, which the source does not hold. Pass --like "
+                "with a checkpoint that the target run saved itself."
+            )
+        scale = {
+            "loss_scaler": opaque(
+                "deepspeed.runtime.fp16.loss_scaler",
+                "LossScaler",
+                state={"cur_scale": 1.0, "dynamic": False},
+            ),
+            "dynamic_loss_scale": False,
+            "overflow": False,
+        }
+    zero: dict[str, Any] = {
+        "zero_stage": opaque("deepspeed.runtime.zero.config", "ZeroStageEnum", 3),
+        "loss_scaler": scale["loss_scaler"],
+        "dynamic_loss_scale": scale["dynamic_loss_scale"],
+        "overflow": scale.get("overflow", False),
+        "partition_count": 0,
+    }
+    if checkpoint.moe_layers:
+        zero["ds_zero_partition_groups"] = []
+    zero["optimizer_state_dict"] = {"state": {}, "param_groups": []}
+    zero["fp32_flat_groups"] = []
+    return {"optimizer_state_dict": zero, "ds_config": dict(config), "ds_version": version}
+
+
+def _enabled(config: Mapping[str, Any], precision: str) -> bool:
+    section = config.get(precision)
+    return bool(section.get("enabled")) if isinstance(section, Mapping) else False
