@@ -22,6 +22,7 @@ import xxhash
 from ckpt_tool import __version__
 from ckpt_tool.canonical import Checkpoint, DType
 from ckpt_tool.commit import MANIFEST, Staging, read_manifest
+from ckpt_tool.comparison import Verdict, check, check_replicas, compare
 from ckpt_tool.errors import ExecutionError, MismatchError, UnreadableError, UsageError
 from ckpt_tool.execute.budget import MIB, Budget
 from ckpt_tool.execute.local import execute
@@ -30,7 +31,6 @@ from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.registry import TARGETS, locate, open_checkpoint
 from ckpt_tool.plan import Plan, make_plan
 from ckpt_tool.storage import LocalReader, LocalWriter, Reader
-from ckpt_tool.verify import Verdict, check, check_replicas, compare
 
 PathLike = str | os.PathLike[str]
 

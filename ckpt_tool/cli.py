@@ -13,8 +13,8 @@ from ckpt_tool import __version__
 
 if TYPE_CHECKING:
     from ckpt_tool.api import Execution, Result
+    from ckpt_tool.comparison import Verdict
     from ckpt_tool.report import Progress
-    from ckpt_tool.verify import Verdict
 
 _EPILOG = (
     "Exit codes: 0 done; 1 found wrong (verify); 2 usage; 3 unreadable or unsupported input; 4 failed "

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from ckpt_tool import api, inspection, report
+from ckpt_tool.comparison import Verdict
 from ckpt_tool.errors import UsageError
-from ckpt_tool.verify import Verdict
 
 
 def run(directory: Path | None) -> None:

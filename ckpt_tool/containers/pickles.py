@@ -360,7 +360,13 @@ _FUNCTIONS: Mapping[tuple[str, str], Any] = {
 
 
 class _Restricted(pickle.Unpickler):
+    def __init__(self, data: bytes, extra: Mapping[tuple[str, str], Any]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._extra = extra
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._extra:
+            return self._extra[(module, name)]
         if (module, name) in _FUNCTIONS:
             return _FUNCTIONS[(module, name)]
         if module == "torch" and (name in _STORAGES or name in _DTYPES or name == "Tensor"):
@@ -385,19 +391,28 @@ class _Restricted(pickle.Unpickler):
         return StorageRecord(key, _STORAGES.get(kind.name), numel)
 
 
-def loads(data: bytes, *, where: str) -> Any:
+def stand_ins(names: Mapping[str, str]) -> dict[tuple[str, str], Any]:
+    """Stand-ins for classes of one kind of file: module -> names, with blanks between them."""
+    return {
+        (module, name): _stand_in(module, name) for module, text in names.items() for name in text.split()
+    }
+
+
+def loads(data: bytes, *, where: str, extra: Mapping[tuple[str, str], Any] | None = None) -> Any:
     """The object a pickle describes, as plain containers, ``TensorRecord`` and ``Opaque``.
 
     Args:
         data: the pickle.
         where: the file, for messages.
+        extra: what this kind of file may name beside the table above: (module, name) -> an immutable
+            stand-in.
 
     Raises:
         UnsafePickleError: it names a class or function outside the table above.
         UnreadableError: it is damaged.
     """
     try:
-        return _Restricted(io.BytesIO(data)).load()
+        return _Restricted(data, extra or {}).load()
     except UnsafePickleError as error:
         raise UnsafePickleError(
             f"{where} names {error}, which is not among the classes a checkpoint needs. ckpt-tool "

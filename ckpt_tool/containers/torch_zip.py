@@ -95,7 +95,7 @@ class TorchArchive:
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise UnreadableError(
                 f"{self.where} is not a complete torch archive ({error}): truncated while copying or "
-                "saving, or another kind of file."
+                "saving, or another kind of file. Copy it again from where it was saved."
             ) from error
         self._records = {self._inner_name(info.filename): info for info in archive.infolist()}
         directory = reader.read(path, offset + archive.start_dir, self.size - archive.start_dir)

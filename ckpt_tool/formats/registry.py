@@ -63,6 +63,13 @@ def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
         if candidate.recognises(reader):
             try:
                 return reader, candidate.read(reader)
+            except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+                # whatever a reader did not foresee in damaged metadata
+                reader.close()
+                raise UnreadableError(
+                    f"{directory}: the metadata of this {candidate.name} checkpoint is malformed "
+                    f"({type(error).__name__}: {error}). Copy it again from its origin."
+                ) from error
             except BaseException:
                 reader.close()
                 raise

@@ -124,6 +124,8 @@ def _check_entry(entry: Entry, where: str) -> None:
     if missing:
         raise UnreadableError(f"{where}: an entry of ds_autoep_layers lacks {missing}.")
     layer = entry["expert_key_prefix"]
+    if not isinstance(layer, str) or not isinstance(entry["module_path"], str):
+        raise UnreadableError(f"{where}: expert_key_prefix or module_path is malformed: {layer!r}.")
     if entry.get("checkpoint_format") != "zero3_partitioned":
         raise UnreadableError(
             f"{where}: {layer} is stored as {entry.get('checkpoint_format')!r}; a ZeRO-3 checkpoint of "

@@ -83,8 +83,13 @@ def expert_holders(entry: Mapping[str, Any], where: str) -> tuple[tuple[int, ...
         version = placement["version"]
         listed = {item["rank"]: tuple(item["experts"]) for item in placement["ranks"]}
         sizes = (placement["num_experts"], placement["ep_size"], len(placement["ranks"]))
+        numbers = [*listed, *(expert for ids in listed.values() for expert in ids)]
+        if any(type(number) is not int for number in numbers):
+            raise TypeError("ranks and experts are integers")
     except (KeyError, TypeError) as error:
-        raise UnreadableError(f"{where}: the expert_placement of {layer} is malformed.") from error
+        raise UnreadableError(
+            f"{where}: the expert_placement of {layer} is malformed ({error})."
+        ) from error
     if version != 1:
         raise UnreadableError(
             f"{where}: the expert_placement of {layer} is of version {version!r}; this release of "

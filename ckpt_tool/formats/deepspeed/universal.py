@@ -7,8 +7,9 @@ The directory written here is better than ``ds_to_universal``'s where those load
 
 * it loads in ZeRO stages 1, 2 and 3: both names of the model file, dense tensors as dicts, a ``step``
   per parameter;
-* its parameter groups are empty, so that the target run keeps its own lr, decay and names; there are
-  as many as parameters, because stages 1 and 2 stop silently at the shorter of the two lists;
+* its parameter groups are empty, so that the target run keeps its own lr, decay and names (with a
+  scheduler they hold the lr it has set for the next step); there are as many as parameters, because
+  stages 1 and 2 stop silently at the shorter of the two lists;
 * it holds no rank's shard, no DeepSpeed class, and nothing that differs between ranks.
 """
 
@@ -35,7 +36,7 @@ from ckpt_tool.canonical import (
     Topology,
     TrainingState,
 )
-from ckpt_tool.containers.pickles import TensorRecord
+from ckpt_tool.containers.pickles import Opaque, TensorRecord, opaque
 from ckpt_tool.containers.torch_zip import TorchArchive, torch_file
 from ckpt_tool.errors import UnreadableError, UsageError
 from ckpt_tool.formats.base import TargetOptions
@@ -53,6 +54,7 @@ _FILE_OF = {MASTER: "fp32", WEIGHT: "fp32"}  # other states are files of their o
 # Keys of ours, which the loaders skip. A tensor's role; the groups by name, for converting onwards.
 _ROLE = "ckpt_tool_role"
 _SOURCE = "ckpt_tool_source"
+_SCALERS = "deepspeed.runtime.fp16.loss_scaler"
 # Stages 1 and 2 insist on a version; any from 0.3.17 on does.
 _FALLBACK_VERSION = "0.19.8"
 
@@ -120,8 +122,8 @@ class Universal:
     def _optimizer(self, checkpoint: Checkpoint, options: TargetOptions) -> dict[str, Any]:
         groups = checkpoint.training.param_groups
         count = len({tensor.name for tensor in checkpoint.tensors}) + len(groups)
-        kept: list[dict[str, Any]] = [{} for _ in range(count)]
-        first: dict[str, Any] = {}
+        first = _scheduled(checkpoint)
+        kept = [dict(first) for _ in range(count)]
         if options.keep_groups:
             settings = [_settings(group) for group in groups]
             kept[: len(settings)] = settings
@@ -129,22 +131,48 @@ class Universal:
             first = settings[0] if settings and all(one == settings[0] for one in settings) else {}
         steps = [scalar for (_, state), scalar in checkpoint.scalars.items() if state == STEP]
         state = {0: {STEP: saved_scalar(steps[0])}} if steps else {}
-        layers = {layer.layer_path: layer for layer in checkpoint.moe_layers}
         return {
             "ds_version": checkpoint.training.engine_version or _FALLBACK_VERSION,
             "param_groups": kept,
             "optimizer_state_dict": {"state": state, "param_groups": [first]},
-            _SOURCE: {
-                "param_groups": [
-                    {
-                        **group.options,
-                        "params": [_parameter(name, layers) for name in group.parameters],
-                    }
-                    for group in groups
-                ],
-                "ds_config": checkpoint.training.config,
-            },
+            _SOURCE: self._source(checkpoint),
         }
+
+    def _source(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What the loaders have no use for and a conversion onwards has: order, groups, config, scale."""
+        layers = {layer.layer_path: layer for layer in checkpoint.moe_layers}
+        scale = dict(checkpoint.training.loss_scale)
+        scaler = scale.get("loss_scaler")
+        if isinstance(scaler, Opaque):
+            scale["loss_scaler"] = {"name": scaler.qualname, "state": scaler.state}
+        names = dict.fromkeys(_parameter(tensor.name, layers) for tensor in checkpoint.tensors)
+        return {
+            "parameters": list(names),
+            "module_names": list(checkpoint.module_names),
+            "aliases": dict(checkpoint.aliases),
+            "param_groups": [
+                {**group.options, "params": [_parameter(name, layers) for name in group.parameters]}
+                for group in checkpoint.training.param_groups
+            ],
+            "ds_config": checkpoint.training.config,
+            "loss_scale": scale,
+        }
+
+
+def _scheduled(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a scheduler has set for the next step, where it is one value for all groups.
+
+    A scheduler's ``load_state_dict`` restores its counter only; it sets lr and betas after the next
+    step, which is made with what stands in the groups (runtime/lr_schedules.py).
+    """
+    if checkpoint.training.scheduler is None:
+        return {}
+    groups = [group.options for group in checkpoint.training.param_groups]
+    return {
+        key: groups[0][key]
+        for key in ("lr", "betas")
+        if groups and all(key in group and group[key] == groups[0].get(key) for group in groups)
+    }
 
 
 def _settings(group: ParamGroup) -> dict[str, Any]:
@@ -175,7 +203,6 @@ def _model_state(checkpoint: Checkpoint) -> dict[str, Any]:
         **training.counters,
         "lr_scheduler": training.scheduler,
         "ds_version": training.engine_version or _FALLBACK_VERSION,
-        "shared_params": dict(checkpoint.aliases),
     }
     return {**state, **training.client_state}
 
@@ -198,6 +225,11 @@ def _notes(checkpoint: Checkpoint, options: TargetOptions) -> tuple[str, ...]:
         notes.append(
             "The dynamic loss scale is left out (a DeepSpeed object): the target run starts from its own."
         )
+    if training.scheduler is not None and not options.keep_groups and not _scheduled(checkpoint):
+        notes.append(
+            "The parameter groups have no lr in common, so none is written: the first step after loading "
+            "uses the lr the target run starts with; its scheduler sets it from the second step on."
+        )
     settings = [_settings(group) for group in training.param_groups]
     if options.keep_groups and any(one != settings[0] for one in settings):
         notes.append(
@@ -212,9 +244,17 @@ def _notes(checkpoint: Checkpoint, options: TargetOptions) -> tuple[str, ...]:
 
 
 def _read(reader: Reader) -> Checkpoint:
-    names = [name for name in reader.list("zero") if not name.endswith(".pt") and name != "tmp"]
     model = _first_archive(reader, _MODEL_FILES)
     optimizer = _first_archive(reader, (_OPTIMIZER_FILE,))
+    source = _source_of(model, optimizer)
+    present = [name for name in reader.list("zero") if not name.endswith(".pt") and name != "tmp"]
+    position = {name: number for number, name in enumerate(source.get("parameters") or ())}
+    missing = sorted(position.keys() - set(present))
+    if missing:
+        raise UnreadableError(
+            f"{reader.root}/zero lacks {missing[:5]} ({len(missing)} parameters): the copy is incomplete."
+        )
+    names = sorted(present, key=lambda name: (position.get(name, len(position)), name))
     shapes = {
         name: tuple(shape)
         for group in (model.root.get("param_shapes") or () if model else ())
@@ -222,7 +262,7 @@ def _read(reader: Reader) -> Checkpoint:
     }
     with ThreadPoolExecutor(max_workers=8) as pool:
         parts = list(pool.map(lambda name: _Parameter(reader, name, shapes.get(name)), names))
-    aliases = dict(model.root.get("shared_params") or {}) if model else {}
+    aliases = dict(source.get("aliases") or {})
     known = set(names)
     for name in names:
         # stages 1 and 2 of ds_to_universal also write the router under its second name
@@ -244,11 +284,36 @@ def _read(reader: Reader) -> Checkpoint:
         files=tuple(archive.source for archive in archives)
         + tuple(source for part in parts for source in part.sources),
         topology=Topology(),
-        training=_training(model, optimizer),
+        training=_training(model, source),
         scalars=scalars,
         moe_layers=tuple(layers.values()),
         aliases=aliases,
+        module_names=tuple(source.get("module_names") or ()),
     )
+
+
+def _source_of(model: TorchArchive | None, optimizer: TorchArchive | None) -> Mapping[str, Any]:
+    """Our own record of the source; of ds_to_universal's output, the same taken from its copies."""
+    if optimizer is not None and _SOURCE in optimizer.root:
+        source: Mapping[str, Any] = optimizer.root[_SOURCE]
+        return source
+    if model is None or "param_shapes" not in model.root:
+        return {}
+    shapes = [list(group) for group in model.root["param_shapes"]]
+    zero = (optimizer.root.get("optimizer_state_dict") or {}) if optimizer else {}
+    groups = [
+        {**group, "params": [name for index in group["params"] for name in shapes[index]]}
+        for group in zero.get("param_groups") or ()
+        if all(index < len(shapes) for index in group["params"])
+    ]
+    return {
+        "parameters": [name for group in shapes for name in group],
+        "module_names": list(model.root.get("module") or ()),
+        "aliases": model.root.get("shared_params") or {},
+        "param_groups": groups,
+        "ds_config": model.root.get("ds_config") or {},
+        "loss_scale": {},
+    }
 
 
 def _first_archive(reader: Reader, paths: tuple[str, ...]) -> TorchArchive | None:
@@ -337,9 +402,8 @@ def _shared_step(optimizer: TorchArchive | None) -> Scalar | None:
     return scalar_state(optimizer, step) if isinstance(step, TensorRecord | int | float) else None
 
 
-def _training(model: TorchArchive | None, optimizer: TorchArchive | None) -> TrainingState:
+def _training(model: TorchArchive | None, source: Mapping[str, Any]) -> TrainingState:
     root: Mapping[str, Any] = model.root if model else {}
-    source = (optimizer.root.get(_SOURCE) or {}) if optimizer else {}
     groups = []
     for group in source.get("param_groups") or ():
         names: list[TensorName] = []
@@ -347,15 +411,20 @@ def _training(model: TorchArchive | None, optimizer: TorchArchive | None) -> Tra
             expert = parse_expert(name)
             names.append(expert[1] if expert else name)
         groups.append(ParamGroup({k: v for k, v in group.items() if k != "params"}, tuple(names)))
+    scale = dict(source.get("loss_scale") or {})
+    if isinstance(scale.get("loss_scaler"), dict):
+        scaler = scale["loss_scaler"]
+        scale["loss_scaler"] = opaque(_SCALERS, scaler["name"], state=scaler["state"])
     counters = ("global_steps", "skipped_steps", "global_samples")
     return TrainingState(
         step=root.get("global_steps"),
         counters={key: root[key] for key in counters if key in root},
         param_groups=tuple(groups),
         scheduler=root.get("lr_scheduler"),
+        loss_scale=scale,
         client_state={
             key: model.describe(value) for key, value in root.items() if model and key not in ENGINE_KEYS
         },
-        config=source.get("ds_config") or root.get("ds_config") or {},
+        config=source.get("ds_config") or {},
         engine_version=root.get("ds_version"),
     )

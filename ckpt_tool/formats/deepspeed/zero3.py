@@ -104,7 +104,11 @@ def _check_ranks_agree(reader: Reader, ranks: list[RankFiles]) -> None:
         raise UnreadableError(
             f"{reader.root}/{first.model_file} was saved by {world} ranks (dp_world_size); the "
             f"directory has files of {len(ranks)}. "
-            + ("Another run's files are in it." if len(ranks) > (world or 0) else "Files are missing.")
+            + (
+                "Another run's files are in it; remove them."
+                if len(ranks) > (world or 0)
+                else "Copy the files of all ranks (nodes often save to their own local disk)."
+            )
         )
 
 
@@ -189,6 +193,12 @@ class _Catalogue:
                     f"{where}: sub-group {index} lists partition_rank {own} of ranks {members}, which "
                     f"is not this file's rank {files.rank}. The file is in another rank's place."
                 )
+        if is_expert and own != entry["expert_data_parallel_rank"]:
+            raise MismatchError(
+                f"{self._where(files)} is of expert-data-parallel rank "
+                f"{entry['expert_data_parallel_rank']}, {files.optim_file} holds partition {own}. One of "
+                "the two files is in another rank's place; copy both again."
+            )
         if count != expected:
             raise MismatchError(
                 f"{where}: partition_count of sub-group {index} is {count!r}; the topology makes it "
@@ -198,7 +208,19 @@ class _Catalogue:
 
     # ---- tensors
 
+    def _check_same_names(self) -> None:
+        """Dense parameters are on all ranks; an EP rank without experts lists none of theirs."""
+        names = self._places[0].keys() - self._autoep.experts.keys()
+        for files, places in zip(self._ranks, self._places, strict=True):
+            differing = sorted((places.keys() - self._autoep.experts.keys()) ^ names)
+            if differing:
+                raise MismatchError(
+                    f"{self._where(files)} and {self._first.model_file} list different parameters: "
+                    f"{differing[:5]}. They are not of the same save; copy the checkpoint again."
+                )
+
     def checkpoint(self) -> Checkpoint:
+        self._check_same_names()
         dense = self._dense_names()
         aliases = self._aliases(dense)
         tensors: list[Tensor] = []
@@ -330,7 +352,7 @@ class _Catalogue:
             raise MismatchError(
                 f"{self._reader.root}/{files.optim_file} is at {_scalars(files, index)}, "
                 f"{other.optim_file} at {_scalars(other, index)}, for the same parameters. The "
-                "directory mixes files of different saves."
+                "directory mixes files of different saves; copy this checkpoint again from its origin."
             )
 
     def _base(self, index: int, state: str, group: tuple[int, ...]) -> array[int]:
@@ -356,6 +378,12 @@ class _Catalogue:
             return
         for files in self._ranks:
             held = files.frozen.get(name)
+            if held is not None and held.dtype is not self._first.frozen[name].dtype:
+                raise MismatchError(
+                    f"{self._where(files)}: the frozen parameter {name} is {held.dtype}, in "
+                    f"{self._first.model_file} it is {self._first.frozen[name].dtype}. The directory mixes "
+                    "files of different saves; copy it again from its origin."
+                )
             if held is None or held.numel != size:
                 raise MismatchError(
                     f"{self._where(files)}: the fragment of the frozen parameter {name} has "
@@ -430,6 +458,12 @@ class _Catalogue:
     ) -> Iterable[Tensor]:
         """Put the EP ranks' shares together by global expert id, state by state."""
         shares = [share for share in locals_ if share]
+        for share in shares:
+            if share.keys() != shares[0].keys():
+                raise MismatchError(
+                    f"{self._reader.root}: EP ranks keep different optimizer states for {name}: "
+                    f"{sorted(share)} and {sorted(shares[0])}. They are not of the same save."
+                )
         for state, example in shares[0].items():
             matrix = example.shape[1:]
             size = math.prod(matrix)

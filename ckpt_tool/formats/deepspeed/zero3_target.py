@@ -180,7 +180,7 @@ class _Plan:
                 "0, say)."
             )
         if like is None and any(group.options.get("moe") for group in params):
-            source_ep = source.ep_size or 1
+            source_ep = source.ep_size or _configured_ep(self._checkpoint.training.config)
             params = groups.regroup(
                 params,
                 self._position,
@@ -420,6 +420,11 @@ class _Plan:
             elif self._options.weights_only and tensor.state not in (WEIGHT, MASTER):
                 result[tensor.label()] = "optimizer state; --weights-only"
         return result
+
+
+def _configured_ep(config: Mapping[str, Any]) -> int:
+    section = config.get("expert_parallel")
+    return int(section.get("autoep_size") or 1) if isinstance(section, Mapping) else 1
 
 
 def _cut(numel: int, count: int, own: int, base: int) -> _Share:

@@ -362,6 +362,10 @@ def check(
             pieces(tensor, 0, tensor.numel)
         except CkptToolError as error:
             differences.append(Difference("coverage", str(tensor.name), str(error)))
+    try:
+        check_replicas(checkpoint, reader, budget)
+    except MismatchError as error:
+        differences.append(Difference("value", "replicas", str(error)))
     notes = []
     work: list[_Stretch] = []
     if manifest is not None:
