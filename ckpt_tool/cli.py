@@ -273,7 +273,7 @@ def demo(
         Path | None, typer.Argument(help="Where to write the results. Default: a temporary directory.")
     ] = None,
 ) -> None:
-    """The main job on a small real checkpoint: inspect, convert, consolidate, verify."""
+    """The main job on a small real checkpoint: inspect, re-shard, convert, consolidate, verify."""
     from ckpt_tool.demo import run
 
     run(directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ckpt_tool import api, inspection, report
@@ -12,7 +13,7 @@ from ckpt_tool.errors import UsageError
 
 
 def run(directory: Path | None) -> None:
-    """Inspect, convert to Universal, consolidate to fp32 safetensors, and verify both; print a summary.
+    """Inspect, re-shard, convert to Universal, consolidate, and verify all three; print a summary.
 
     Results go into ``directory``, or a temporary one that is removed.
     """
@@ -35,30 +36,37 @@ def _shipped() -> tuple[Path, Path]:
 
 
 def _run(checkpoint: Path, config: Path, directory: Path) -> None:
-    universal, model = directory / "universal", directory / "model"
+    resharded, universal, model = (directory / name for name in ("resharded", "universal", "model"))
     report.print_fields(
         "1. A checkpoint saved by DeepSpeed AutoEP + ZeRO-3",
         inspection.overview_lines(inspection.overview(api.open(checkpoint))),
     )
-    _step("2. As a Universal checkpoint, which resumes at any topology", "convert", checkpoint, universal)
-    _step("3. As fp32 safetensors for transformers", "consolidate", checkpoint, model, config)
-    verdicts = {
-        "universal": api.verify(checkpoint, universal),
-        "model": api.verify(checkpoint, model),
-        "universal, checksums": api.verify(universal),
-        "model, checksums": api.verify(model),
-    }
-    report.print_fields("4. Verified", [(name, _words(verdict)) for name, verdict in verdicts.items()])
+    _timed(
+        "2. Re-sharded: resumes exactly at EP 1 on 2 ranks",
+        lambda how: api.reshard(checkpoint, resharded, ep=1, world=2, how=how),
+    )
+    _timed(
+        "3. As a Universal checkpoint: loads at any topology, in ZeRO stages 1, 2 and 3",
+        lambda how: api.convert(checkpoint, universal, to="universal", how=how),
+    )
+    _timed(
+        "4. As fp32 safetensors for transformers",
+        lambda how: api.consolidate(checkpoint, model, config=config, how=how),
+    )
+    verdicts = [
+        (path.name, api.verify(checkpoint, path), api.verify(path))
+        for path in (resharded, universal, model)
+    ]
+    report.print_fields(
+        "5. Verified against the source, and by checksums",
+        [(name, f"{_words(same)}; {_words(sound)}") for name, same, sound in verdicts],
+    )
 
 
-def _step(title: str, verb: str, source: Path, target: Path, config: Path | None = None) -> None:
+def _timed(title: str, job: Callable[[api.Execution], api.Result]) -> None:
     began = time.monotonic()
-    with report.Progress(verb) as progress:
-        how = api.Execution(meter=progress)
-        if verb == "convert":
-            result = api.convert(source, target, to="universal", how=how)
-        else:
-            result = api.consolidate(source, target, config=config, how=how)
+    with report.Progress("demo") as progress:
+        result = job(api.Execution(meter=progress))
     report.print_fields(
         title,
         [
@@ -71,5 +79,5 @@ def _step(title: str, verb: str, source: Path, target: Path, config: Path | None
 
 def _words(verdict: Verdict) -> str:
     if verdict.passed:
-        return f"{verdict.tensors} tensors equal, {report.human_bytes(verdict.bytes_compared)} compared"
+        return f"{verdict.tensors} tensors, {report.human_bytes(verdict.bytes_compared)} equal"
     return f"{len(verdict.differences)} DIFFERENCES, the first: {verdict.differences[0].message}"

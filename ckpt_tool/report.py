@@ -81,7 +81,6 @@ def print_json(value: Any) -> None:
 
 def print_fields(title: str, fields: list[tuple[str, str]]) -> None:
     """A titled two-column list."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -90,12 +89,11 @@ def print_fields(title: str, fields: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in fields:
         table.add_row(name, escape(value))
-    Console().print(table)
+    _console([[name, value] for name, value in fields]).print(table)
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], *, right: set[str]) -> None:
     """A table; columns in ``right`` are aligned to the right."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -104,13 +102,17 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], *, right:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    # a pipe gets whole lines, not lines folded to 80 columns
-    console = Console() if sys.stdout.isatty() else Console(width=max(80, _width(columns, rows)))
-    console.print(table)
+    _console([columns, *rows]).print(table)
 
 
-def _width(columns: list[str], rows: list[list[str]]) -> int:
-    return sum(max(len(line[i]) for line in [columns, *rows]) + 2 for i in range(len(columns)))
+def _console(lines: list[list[str]]) -> Any:
+    """A terminal folds lines at its width; a pipe gets them whole."""
+    from rich.console import Console
+
+    if sys.stdout.isatty():
+        return Console()
+    width = sum(max((len(cell) for cell in column), default=0) + 2 for column in zip(*lines, strict=True))
+    return Console(width=max(80, width))
 
 
 def say(message: str) -> None:

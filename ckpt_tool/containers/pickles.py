@@ -73,34 +73,40 @@ _TYPES: Mapping[str, type] = {
 }
 
 
-class _Inert:
-    """A pickle's BUILD opcode reaches __setstate__; what is checked once must not change afterwards."""
+def _inert(self: object, state: Any) -> None:
+    """A pickle's BUILD opcode calls __setstate__; what is checked once must not change afterwards.
 
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        raise ValueError(f"state set on a {type(self).__name__}")
+    Assigned in every class body below, because a frozen dataclass with slots gets its own otherwise.
+    """
+    raise ValueError(f"state set on a {type(self).__name__}")
 
 
 @dataclass(frozen=True, slots=True)
-class Named(_Inert):
+class Named:
     """A global that is data: a dtype such as ``torch.float16``, a storage class, ``builtins.list``."""
 
     module: str
     name: str
+    __setstate__ = _inert
+
+
+def has_storage(dtype: DType) -> bool:
+    """Whether torch has a storage class for a dtype."""
+    return dtype in _STORAGE_OF
 
 
 @dataclass(frozen=True, slots=True)
-class StorageRecord(_Inert):
+class StorageRecord:
     """A storage: the archive record ``data/<key>`` of ``numel`` elements."""
 
     key: str
     dtype: DType | None  # None: an untyped storage, whose numel counts bytes
     numel: int
+    __setstate__ = _inert
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRecord(_Inert):
+class TensorRecord:
     """A tensor in a torch archive: a strided view of a storage. Offsets and strides count elements.
 
     ``attributes`` is the ``__dict__`` of a tensor that had one (DeepSpeed sets ``ds_id``).
@@ -113,6 +119,7 @@ class TensorRecord(_Inert):
     stride: tuple[int, ...]
     requires_grad: bool = False
     attributes: Any = None
+    __setstate__ = _inert
 
     @property
     def numel(self) -> int:
@@ -338,7 +345,24 @@ def _bytearray(data: Any = b"", encoding: str = "latin-1") -> bytearray:
     return bytearray(data)
 
 
+def _bytes(*nothing: Any) -> bytes:
+    """Protocol 2 spells empty bytes ``bytes()``."""
+    if nothing:
+        raise ValueError("bytes made by a call")
+    return b""
+
+
+def _size(items: Any) -> TorchSize:
+    if not isinstance(items, list | tuple):
+        raise ValueError(f"a size made from a {type(items).__name__}")
+    return TorchSize(items)
+
+
+# Protocol 2, which torch.save writes, spells some builtins by their names in Python 2.
+_PYTHON_2 = {"xrange": "range", "long": "int", "unicode": "str"}
+
 _CALLABLE_BUILTINS: Mapping[str, _Function] = {
+    "bytes": _Function(_bytes),
     "set": _Function(_items(set)),
     "frozenset": _Function(_items(frozenset)),
     "bytearray": _Function(_bytearray),
@@ -353,7 +377,7 @@ _FUNCTIONS: Mapping[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _Function(_rebuild_parameter),
     ("torch._tensor", "_rebuild_from_type_v2"): _Function(_rebuild_from_type),
     ("_codecs", "encode"): _Function(_encode),
-    ("torch", "Size"): TorchSize,
+    ("torch", "Size"): _Function(_size),
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): _Function(_defaultdict),
 }
@@ -374,6 +398,7 @@ class _Restricted(pickle.Unpickler):
         if (module, name) == ("torch.storage", "UntypedStorage"):
             return Named(module, name)
         if module in ("builtins", "__builtin__"):
+            name = _PYTHON_2.get(name, name)
             if name in _CALLABLE_BUILTINS:
                 return _CALLABLE_BUILTINS[name]
             if name in _TYPES:
@@ -512,7 +537,9 @@ def _integer(value: int) -> bytes:
     if -(2**31) <= value < 2**31:
         return b"J" + struct.pack("<i", value)
     data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
-    return b"\x8a" + bytes([len(data)]) + data
+    if len(data) < 256:
+        return b"\x8a" + bytes([len(data)]) + data
+    return b"\x8b" + struct.pack("<i", len(data)) + data
 
 
 def _write_items(out: bytearray, value: Mapping[Any, Any]) -> None:

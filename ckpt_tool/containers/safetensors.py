@@ -56,7 +56,7 @@ class SafetensorsFile:
             )
         raw = reader.read(path, 8, length)
         header = _parse(raw, where)
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.metadata = _metadata(header.pop("__metadata__", {}), where)
         self.tensors: dict[str, Tensor] = {}
         spans = []
         for name, entry in header.items():
@@ -91,11 +91,17 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
 
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UnreadableError(f"{where}: the header is not JSON ({error}).") from error
     if not isinstance(header, dict):
         raise UnreadableError(f"{where}: the header is not a JSON object.")
     return header
+
+
+def _metadata(value: Any, where: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise UnreadableError(f"{where}: __metadata__ is not a map from text to text: {value!r:.80}.")
+    return value
 
 
 def _entry(entry: Any, name: str, where: str) -> tuple[tuple[int, ...], DType, int, int]:
@@ -106,7 +112,7 @@ def _entry(entry: Any, name: str, where: str) -> tuple[tuple[int, ...], DType, i
         sound = False
     if not sound:
         raise UnreadableError(f"{where}: the header's entry for {name} is malformed: {entry!r}.")
-    if code not in _CODES:
+    if not isinstance(code, str) or code not in _CODES:
         raise UnreadableError(f"{where}: tensor {name} has dtype {code}, which is not supported.")
     dtype = _CODES[code]
     if end - begin != math.prod(shape) * dtype.itemsize:

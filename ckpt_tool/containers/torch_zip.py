@@ -21,6 +21,7 @@ from ckpt_tool.canonical import DType, Region, SourceFile, Tensor, contiguous
 from ckpt_tool.containers import pickles
 from ckpt_tool.containers.pickles import Opaque, StorageRecord, TensorRecord
 from ckpt_tool.errors import UnreadableError
+from ckpt_tool.geometry import row_major
 from ckpt_tool.layout import CrcSlot, Fill, Literal, Slot, TargetFile, whole
 from ckpt_tool.storage import Reader
 
@@ -273,22 +274,26 @@ def _resolve(value: Any, payloads: list[Slot | Inline | Flat]) -> Any:
     if isinstance(value, Flat):
         key, numel = str(len(payloads)), value.numel
         payloads.append(value)
-        storage = StorageRecord(key, value.dtype, numel)
+        storage = _storage(key, value.dtype, numel)
         attributes = None if value.attributes is None else dict(value.attributes)
         return TensorRecord(storage, value.dtype, 0, (numel,), (1,), value.requires_grad, attributes)
     if isinstance(value, Slot | Inline):
         key = str(len(payloads))
         payloads.append(value)
         numel = value.numel if isinstance(value, Slot) else len(value.data) // value.dtype.itemsize
-        stride, strides = 1, []
-        for size in reversed(value.shape):
-            strides.append(stride)
-            stride *= size
-        storage = StorageRecord(key, value.dtype, numel)
-        return TensorRecord(storage, value.dtype, 0, value.shape, tuple(reversed(strides)))
+        return TensorRecord(
+            _storage(key, value.dtype, numel), value.dtype, 0, value.shape, row_major(value.shape, 1)
+        )
     if isinstance(value, TensorRecord):
         raise TypeError("a tensor of another archive; give its Tensor")
     return pickles.map_containers(value, lambda item: _resolve(item, payloads))
+
+
+def _storage(key: str, dtype: DType, numel: int) -> StorageRecord:
+    """torch has no storage class for its newer dtypes; those lie in untyped storages."""
+    if pickles.has_storage(dtype):
+        return StorageRecord(key, dtype, numel)
+    return StorageRecord(key, None, numel * dtype.itemsize)
 
 
 class _ZipBuilder:
@@ -371,7 +376,8 @@ class _ZipBuilder:
         start, size = self._position, len(self._central)
         self._slots += [CrcSlot(start + slot.offset, slot.parts) for slot in self._central_slots]
         self._put(bytes(self._central))
-        if start >= self._limit:
+        many = self._count >= 0xFFFF
+        if start >= self._limit or many:
             self._put(
                 struct.pack(
                     "<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0,
