@@ -1,0 +1,229 @@
+"""What a DeepSpeed target's files hold, whatever the ZeRO stage: groups, order, states, scalars, config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_tool.canonical import (
+    MASTER,
+    WEIGHT,
+    Checkpoint,
+    ExpertName,
+    ParamGroup,
+    Role,
+    Tensor,
+    TensorName,
+)
+from ckpt_tool.errors import MismatchError, UsageError
+from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.deepspeed import groups
+from ckpt_tool.formats.deepspeed.groups import SubGroup
+from ckpt_tool.formats.deepspeed.names import expert_parameter
+from ckpt_tool.formats.deepspeed.partition import partition_size
+from ckpt_tool.formats.deepspeed.rank_files import SavedObjects
+from ckpt_tool.formats.deepspeed.topology import Ranks
+
+_PER_RANK = (
+    "Client state {names} differs between ranks and means nothing on others; it is left out on all ranks. "
+    "Your code must do without it after loading."
+)
+
+
+def refuse_unsuitable(checkpoint: Checkpoint, options: TargetOptions) -> None:
+    """Refuse what no DeepSpeed target can be made from.
+
+    Raises:
+        UsageError: a cast is asked for, or the source has published names.
+    """
+    if options.dtype is not None:
+        raise UsageError(
+            "A ZeRO checkpoint keeps masters and moments in fp32, and the engine derives its weights; "
+            "--dtype does not apply."
+        )
+    if checkpoint.dialect == "hub":
+        raise UsageError(
+            "A ZeRO checkpoint needs the names of the training run's modules; this source has published "
+            "names. Convert from a training checkpoint."
+        )
+
+
+def notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the user is to know about any DeepSpeed target of this source."""
+    per_rank = checkpoint.training.per_rank
+    return (*checkpoint.notes, *([_PER_RANK.format(names=", ".join(per_rank))] if per_rank else []))
+
+
+class EnginePlan:
+    """Who is grouped with whom at the target, and what each group holds: common to all ZeRO stages.
+
+    A subclass says how a group is cut over ranks and what the files look like.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, saved: SavedObjects, ranks: Ranks, options: TargetOptions
+    ) -> None:
+        self.ranks, self.saved = ranks, saved
+        self.checkpoint, self.options = checkpoint, options
+        self.layers = {layer.layer_path: layer for layer in checkpoint.moe_layers}
+        self.tensors = checkpoint.by_key()
+        self.values = {tensor.name: tensor for tensor in checkpoint.values()}
+        self.position = {name: i for i, name in enumerate(self._parameters())}
+        self.groups = self._regrouped()
+        self.sub_groups = groups.sub_groups(self.groups, self._partition_numel, self._sub_group_size())
+        self.states = [self._states_of(sub_group) for sub_group in self.sub_groups]
+        self._check_all_grouped()
+
+    # ---- who is grouped with whom
+
+    def _parameters(self) -> list[TensorName]:
+        """``module.parameters()``: module order, w1, w2, w3 behind their router, frozen ones too."""
+        order: list[TensorName] = []
+        pending = {name for name in self.values if isinstance(name, ExpertName)}
+        modules = {layer.module: path for path, layer in self.layers.items()}
+
+        def experts(path: str) -> list[TensorName]:
+            return [
+                name
+                for projection in ("gate", "down", "up")
+                if (name := ExpertName(path, projection)) in pending
+            ]
+
+        for name in self.checkpoint.module_names:
+            tensor = self.values.get(name)
+            if tensor is None or tensor.role is Role.BUFFER:
+                continue
+            order.append(name)
+            module = name.removesuffix(".router.gate.weight")
+            if module != name and module in modules:
+                order += experts(modules[module])
+        known = set(order)
+        order += [
+            name
+            for name, tensor in self.values.items()
+            if name not in known and tensor.role is not Role.BUFFER
+        ]
+        return order
+
+    def _regrouped(self) -> list[ParamGroup]:
+        source = self.checkpoint.topology
+        like = self.options.like
+        if like is not None:
+            params = list(like.training.param_groups)
+        else:
+            params = list(self.checkpoint.training.param_groups)
+        if not params:
+            raise UsageError(
+                "The source does not say how the run grouped its parameters, and a wrong order would load "
+                "without an error. Pass --like with a checkpoint that the target run saved itself (at step "
+                "0, say)."
+            )
+        if like is None and any(group.options.get("moe") for group in params):
+            source_ep = source.ep_size or _configured_ep(self.checkpoint.training.config)
+            params = groups.regroup(
+                params,
+                self.position,
+                lambda name: self.local_numel(name, source_ep),
+                lambda name: self.local_numel(name, self.ranks.ep),
+                f"ep_size_{self.ranks.ep}",
+                groups.EXPERT_GROUP_LIMIT,
+            )
+        return params
+
+    def _sub_group_size(self) -> int:
+        """Elements at which a sub-group is closed."""
+        zero = dict(self.config().get("zero_optimization") or {})
+        return int(zero.get("sub_group_size") or groups.DEFAULT_SUB_GROUP_SIZE)
+
+    def config(self) -> Mapping[str, Any]:
+        if self.options.ds_config is not None:
+            return self.options.ds_config
+        if self.options.like is not None:
+            return self.options.like.training.config
+        return self.checkpoint.training.config
+
+    def local_numel(self, name: TensorName, ep: int) -> int:
+        tensor = self.value_of(name)
+        return tensor.numel // ep if isinstance(name, ExpertName) else tensor.numel
+
+    def _partition_numel(self, name: TensorName) -> int:
+        count = self.ranks.edp if isinstance(name, ExpertName) else self.ranks.world
+        return partition_size(self.local_numel(name, self.ranks.ep), count)
+
+    def value_of(self, name: TensorName) -> Tensor:
+        if name not in self.values:
+            raise MismatchError(f"The source has no values for {name}, which the target run trains.")
+        return self.values[name]
+
+    def _check_all_grouped(self) -> None:
+        grouped = [name for group in self.sub_groups for name in group.parameters]
+        trained = {t.name for t in self.values.values() if t.role is Role.PARAMETER}
+        if len(set(grouped)) != len(grouped) or set(grouped) != trained:
+            wrong = sorted(map(str, set(grouped) ^ trained))[:5]
+            raise MismatchError(
+                f"The parameter groups and the trained parameters are not the same: {wrong}. Pass --like "
+                "with a checkpoint that the target run saved itself."
+            )
+
+    def _states_of(self, sub_group: SubGroup) -> list[str]:
+        """The per-element states of a sub-group other than its masters; all its parameters have them."""
+        if self.options.weights_only:
+            return []
+        first = sub_group.parameters[0]
+        kept = [s for name, s in self.tensors if name == first and s not in (MASTER, WEIGHT)]
+        for name in sub_group.parameters:
+            for state in kept:
+                if (name, state) not in self.tensors:
+                    raise MismatchError(
+                        f"{name} has no {state}, but {sub_group.parameters[0]} of the same sub-group does. "
+                        "The engine keeps optimizer state for a sub-group as a whole."
+                    )
+        return kept
+
+    def parameter(self, name: TensorName) -> str:
+        return expert_parameter(name, self.layers) if isinstance(name, ExpertName) else name
+
+    def new_config(self, config: Any) -> Any:
+        """The run's config with the new EP size in it."""
+        if self.options.ds_config is not None:
+            return dict(self.options.ds_config)
+        if not isinstance(config, dict) or not isinstance(config.get("expert_parallel"), dict):
+            return config
+        return {
+            **config,
+            "expert_parallel": {**config["expert_parallel"], "autoep_size": self.ranks.ep},
+        }
+
+    def scalars_of(self, sub_group: SubGroup) -> dict[str, Any]:
+        """``step`` and the like: one per sub-group, on which its parameters must agree."""
+        scalars = self.checkpoint.scalars
+        first = sub_group.parameters[0]
+        found = {state: value for (name, state), value in scalars.items() if name == first}
+        for name in sub_group.parameters:
+            for state, value in found.items():
+                if scalars.get((name, state)) != value:
+                    other = scalars.get((name, state))
+                    raise MismatchError(
+                        f"{name} has {state} {other.value if other else 'none'}, {first} has "
+                        f"{value.value}; at the target they share one sub-group, which has one {state}. "
+                        "Their histories differ, and no ZeRO-3 checkpoint of this topology holds both."
+                    )
+        return found
+
+    # ---- what has no place
+
+    def left_out(self) -> dict[str, str]:
+        """Labels of tensors that a ZeRO-3 checkpoint does not hold, with the reason."""
+        masters = {tensor.name for tensor in self.checkpoint.tensors if tensor.state == MASTER}
+        result = {}
+        for tensor in self.checkpoint.tensors:
+            if tensor.state == WEIGHT and tensor.name in masters:
+                result[tensor.label()] = "recomputed from its master when the engine loads"
+            elif self.options.weights_only and tensor.state not in (WEIGHT, MASTER):
+                result[tensor.label()] = "optimizer state; --weights-only"
+        return result
+
+
+def _configured_ep(config: Mapping[str, Any]) -> int:
+    section = config.get("expert_parallel")
+    return int(section.get("autoep_size") or 1) if isinstance(section, Mapping) else 1
