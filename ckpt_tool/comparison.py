@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import xxhash
 from isal import isal_zlib
 
-from ckpt_tool.canonical import MASTER, WEIGHT, Box, Checkpoint, Region, Tensor
+from ckpt_tool.canonical import MASTER, WEIGHT, Box, Checkpoint, Region, Tensor, TensorName
 from ckpt_tool.commit import MANIFEST, Manifest
+from ckpt_tool.containers.decoded import DecodingReader
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import CkptToolError, MismatchError, UsageError
 from ckpt_tool.execute.budget import Budget
@@ -57,8 +58,11 @@ class Verdict:
 
 
 class _Pair(NamedTuple):
+    """Two tensors to compare; ``rounded``: where dtypes differ, the wider one after rounding."""
+
     a: Tensor
     b: Tensor
+    rounded: bool = False
 
 
 # ---- two checkpoints
@@ -86,10 +90,9 @@ def compare(
     """
     a, b = _same_names(a, b, config)
     pairs, differences, notes = _pair_up(a, b)
-    rounded = rounded or bool(notes)
     checked = []
     for pair in pairs:
-        found = _form(pair, rounded)
+        found = _form(pair, rounded or pair.rounded)
         differences += found
         if not found:
             checked.append(pair)
@@ -129,11 +132,13 @@ def _pair_up(a: Checkpoint, b: Checkpoint) -> tuple[list[_Pair], list[Difference
             f"Not compared: {', '.join(states) or 'optimizer state'}, which {which} does not hold; its "
             "weights are compared with the other's masters."
         )
+    derived: list[_Pair] = []
     if any(weights_only):
         left = {(t.name, ""): t for t in a.values()}
         right = {(t.name, ""): t for t in b.values()}
     else:
         left, right = a.by_key(), b.by_key()
+        derived += _derived(left, right, notes)
     differences = [
         Difference("missing", str(t.name), f"{t.label()} is in the first only ({_home(t)})")
         for key, t in left.items()
@@ -143,7 +148,32 @@ def _pair_up(a: Checkpoint, b: Checkpoint) -> tuple[list[_Pair], list[Difference
         for key, t in right.items()
         if key not in left
     ]
-    return [_Pair(left[key], right[key]) for key in left if key in right], differences, notes
+    pairs = [
+        _Pair(left[key], right[key], weights_only[0] != weights_only[1]) for key in left if key in right
+    ]
+    return pairs + derived, differences, notes
+
+
+def _derived(
+    left: dict[tuple[TensorName, str], Tensor],
+    right: dict[tuple[TensorName, str], Tensor],
+    notes: list[str],
+) -> list[_Pair]:
+    """Weights that only one side stores beside its masters: they are to be the other's masters, rounded.
+
+    Taken out of both sides. The engine compares them with nothing, so this is the only check they get.
+    """
+    pairs = []
+    for one, other, swap in ((left, right, False), (right, left, True)):
+        for name, state in [key for key in one if key[1] == WEIGHT and key not in other]:
+            if (name, MASTER) in one and (name, MASTER) in other:
+                weight, master = one.pop((name, state)), other[name, MASTER]
+                pairs.append(_Pair(master, weight, True) if swap else _Pair(weight, master, True))
+    if pairs:
+        notes.append(
+            f"{len(pairs)} weights stored on one side only were compared with the other's masters."
+        )
+    return pairs
 
 
 def _home(tensor: Tensor) -> str:
@@ -151,7 +181,7 @@ def _home(tensor: Tensor) -> str:
 
 
 def _form(pair: _Pair, rounded: bool) -> list[Difference]:
-    a, b = pair
+    a, b, _ = pair
     if a.shape != b.shape:
         return [
             Difference(
@@ -212,9 +242,9 @@ def _values(
     def work() -> Iterator[tuple[int, _Pair, list[Piece], list[Piece], int, int]]:
         for number, pair in enumerate(pairs):
             try:
-                for tensor in pair:
+                for tensor in pair[:2]:
                     check_disjoint(tensor)
-                one, other = (pieces(tensor, 0, tensor.numel) for tensor in pair)
+                one, other = (pieces(tensor, 0, tensor.numel) for tensor in pair[:2])
             except CkptToolError as error:
                 found[number] = (0, Difference("coverage", str(pair.a.name), str(error)))
                 continue
@@ -230,7 +260,9 @@ def _values(
         at = comparer.first_difference(pair, one, other, start, numel, meter)
         if at is None:
             return
-        files = [file_of(t, found_pieces, at) for t, found_pieces in zip(pair, (one, other), strict=True)]
+        files = [
+            file_of(t, found_pieces, at) for t, found_pieces in zip(pair[:2], (one, other), strict=True)
+        ]
         difference = Difference(
             "value",
             str(pair.a.name),
@@ -254,7 +286,7 @@ class _Comparer:
     """One worker's two buffers; the second also holds what a cast makes of the first, and scratch."""
 
     def __init__(self, readers: tuple[Reader, Reader], tile: int) -> None:
-        self._readers = readers
+        self._readers: tuple[Reader, Reader] = (DecodingReader(readers[0]), DecodingReader(readers[1]))
         self._one, self._other = memoryview(bytearray(tile)), memoryview(bytearray(tile))
 
     def first_difference(

@@ -19,12 +19,14 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
+_NEXT_RUN = "==== the next run ===="  # in the child's log
 MODELS = {
     "mixtral": "Mixtral",
     "qwen2_moe": "Qwen2Moe",
@@ -48,11 +50,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Save:
-    """What ``engine.save_checkpoint`` is asked for after the last step."""
+    """What ``engine.save_checkpoint`` is asked for, after the last step or ``after`` so many of them."""
 
     dir: str
     tag: str | None = None
     client_state: dict[str, Any] = field(default_factory=dict)
+    after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,20 +127,48 @@ def spec_from_dict(raw: dict[str, Any]) -> RunSpec:
 
 def run(spec: RunSpec, *, python: str = sys.executable, timeout: float = 300.0) -> RunResult:
     """Run ``spec`` in a child interpreter; RuntimeError with its last words if it fails."""
-    port = _free_port()
+    (outcome,) = run_each([spec], python=python, timeout=timeout)
+    if isinstance(outcome, RuntimeError):
+        raise outcome
+    return outcome
+
+
+def run_each(
+    specs: Sequence[RunSpec], *, python: str = sys.executable, timeout: float = 300.0
+) -> list[RunResult | RuntimeError]:
+    """Run ``specs`` one after the other in one child, which saves its seconds of imports; ``timeout``
+    is that of all of them."""
+    ports = [_free_port() for _ in specs]
     with tempfile.TemporaryDirectory(prefix="deepspeed_run_") as scratch:
-        result = Path(spec.result).resolve() if spec.result else Path(scratch, "result.json")
-        job = dataclasses.asdict(_with_absolute_paths(dataclasses.replace(spec, result=str(result))))
-        Path(scratch, "spec.json").write_text(json.dumps(job))
+        results = [
+            Path(spec.result).resolve() if spec.result else Path(scratch, f"result_{number}.json")
+            for number, spec in enumerate(specs)
+        ]
+        jobs = [
+            dataclasses.asdict(_with_absolute_paths(dataclasses.replace(spec, result=str(result))))
+            for spec, result in zip(specs, results, strict=True)
+        ]
+        Path(scratch, "jobs.json").write_text(json.dumps([ports, jobs]))
         log = Path(scratch, "log.txt")
+        for result in results:
+            result.unlink(missing_ok=True)
         try:
-            returncode = _start(python, Path(scratch, "spec.json"), port, log, timeout)
+            returncode = _start(python, Path(scratch, "jobs.json"), log, timeout)
         finally:
-            _remove_shared_buffers(port)
-        if returncode != 0:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
-            raise RuntimeError(f"deepspeed run ended with {returncode}:\n{tail}")
-        return RunResult(**json.loads(result.read_text()))
+            for port in ports:
+                _remove_shared_buffers(port)
+        said = log.read_text(errors="replace").split(_NEXT_RUN)
+        return [
+            RunResult(**json.loads(result.read_text()))
+            if result.is_file()
+            else _failure(returncode, said[min(number + 1, len(said) - 1)])
+            for number, result in enumerate(results)
+        ]
+
+
+def _failure(returncode: int | str, said: str) -> RuntimeError:
+    tail = "\n".join(said.splitlines()[-60:])
+    return RuntimeError(f"deepspeed run ended with {returncode}:\n{tail}")
 
 
 def _with_absolute_paths(spec: RunSpec) -> RunSpec:
@@ -158,21 +189,20 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(python: str, spec: Path, port: int, log: Path, timeout: float) -> int | str:
+def _start(python: str, jobs: Path, log: Path, timeout: float) -> int | str:
     """Run the child in a session of its own, so that its ranks die with it."""
     environment = {
         **os.environ,
         "DS_ACCELERATOR": "cpu",
         "GLOO_SOCKET_IFNAME": "lo",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "DEEPSPEED_RUN_TIMEOUT": str(int(timeout) + 10),
     }
     with log.open("wb") as output:
         child = subprocess.Popen(
-            [python, "-m", "tests.engine.deepspeed_run", str(spec)],
+            [python, "-m", "tests.engine.deepspeed_run", str(jobs)],
             cwd=ROOT,
             env=environment,
             stdout=output,
@@ -200,9 +230,19 @@ def _remove_shared_buffers(port: int) -> None:
 
 
 def main(path: str) -> int:
-    spec = spec_from_dict(json.loads(Path(path).read_text()))
+    ports, jobs = json.loads(Path(path).read_text())
+    specs = [spec_from_dict(job) for job in jobs]
     _end_in_time()
-    _import_engine(spec)
+    _import_engine(specs)
+    failed = 0
+    for port, spec in zip(ports, specs, strict=True):
+        print(_NEXT_RUN, flush=True)
+        failed = _run_ranks(spec, port) or failed
+    return failed
+
+
+def _run_ranks(spec: RunSpec, port: int) -> int:
+    os.environ["MASTER_PORT"] = str(port)
     ranks = [_fork(spec, rank) for rank in range(spec.world)]
     failed = 0
     while ranks:
@@ -244,7 +284,7 @@ def _end_in_time() -> None:
     signal.alarm(int(os.environ.get("DEEPSPEED_RUN_TIMEOUT", "310")))
 
 
-def _import_engine(spec: RunSpec) -> None:
+def _import_engine(specs: Sequence[RunSpec]) -> None:
     if "TORCH_EXTENSIONS_DIR" not in os.environ:  # two releases in one directory clash
         version = importlib.metadata.version("deepspeed")
         private = Path(tempfile.gettempdir(), f"torch_extensions_{os.getuid()}_deepspeed_{version}")
@@ -262,10 +302,12 @@ def _import_engine(spec: RunSpec) -> None:
         raise SystemExit(f"AutoEP does not run with transformers {transformers.__version__}")
     # Shared-memory all-reduce serves inference only; without it no compiler and no /dev/shm file.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if spec.dtype == "fp16":  # refused without native fp16, yet torch computes it on any CPU
+    if any(spec.dtype == "fp16" for spec in specs):
+        # refused without native fp16, yet torch computes it on any CPU
         deepspeed.get_accelerator().is_fp16_supported = lambda: True
     # transformers imports lazily: do it here once, not in every rank.
-    getattr(transformers, f"{MODELS[spec.family]}ForCausalLM")
+    for spec in specs:
+        getattr(transformers, f"{MODELS[spec.family]}ForCausalLM")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -282,10 +324,12 @@ def _train(spec: RunSpec, rank: int) -> None:
     deepspeed.init_distributed("gloo")
     engine = _build_engine(spec)
     client_state = _load(spec, engine)
-    steps = range(spec.start_step, spec.start_step + spec.steps)
-    losses = [_train_step(spec, engine, rank, step) for step in steps]
-    if spec.save:
-        engine.save_checkpoint(spec.save.dir, spec.save.tag, client_state=dict(spec.save.client_state))
+    losses = []
+    for made in range(spec.steps + 1):
+        if made:
+            losses.append(_train_step(spec, engine, rank, spec.start_step + made - 1))
+        if spec.save and made == (spec.steps if spec.save.after is None else spec.save.after):
+            engine.save_checkpoint(spec.save.dir, spec.save.tag, client_state=dict(spec.save.client_state))
     result = _result(engine, losses, client_state)
     if spec.gather_oracle:
         _gather_oracle(engine, Path(spec.gather_oracle), rank, dataclasses.asdict(result))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.canonical import Checkpoint, DType, ExpertName, Role
@@ -25,16 +26,22 @@ def saved_objects(checkpoint: Checkpoint, options: TargetOptions) -> SavedObject
     """What the target's files are modelled on."""
     if options.like is not None:
         template = options.like.layout_hint
-        if not isinstance(template, SavedObjects):
-            raise UsageError(
-                f"--like {options.like.root} is {options.like.format}; a ZeRO-3 checkpoint is needed."
-            )
-        return _with_progress(template, checkpoint)
+        if isinstance(template, SavedObjects):
+            return _with_progress(template, checkpoint)
+        return _made(_modelled_on(checkpoint, options.like), options)
     saved = checkpoint.layout_hint
     if isinstance(saved, SavedObjects):
         module = _with_buffers(saved.model["module"], checkpoint)
         return SavedObjects({**saved.model, "module": module}, saved.optimizer, saved.bf16)
     return _made(checkpoint, options)
+
+
+def compute_dtype(saved: SavedObjects) -> DType:
+    """The precision the run's engine computes in."""
+    config = saved.model.get("ds_config") or {}
+    if _enabled(config, "bf16") or _enabled(config, "bfloat16"):
+        return DType.bfloat16
+    return DType.float16 if _enabled(config, "fp16") else DType.float32
 
 
 def shape_type(saved: SavedObjects) -> Callable[[tuple[int, ...]], Any]:
@@ -43,6 +50,23 @@ def shape_type(saved: SavedObjects) -> Callable[[tuple[int, ...]], Any]:
         for shape in group.values():
             return TorchSize if isinstance(shape, TorchSize) else tuple
     return tuple
+
+
+def _modelled_on(checkpoint: Checkpoint, template: Checkpoint) -> Checkpoint:
+    """The source with the module tree, names and config of a template of another stage.
+
+    Raises:
+        UsageError: the template does not record its module tree.
+    """
+    if not template.module_names:
+        raise UsageError(
+            f"--like {template.root} ({template.format}) does not say in which order the model has its "
+            "parameters. Pass a checkpoint that DeepSpeed saved."
+        )
+    training = replace(checkpoint.training, config=template.training.config)
+    return replace(
+        checkpoint, module_names=template.module_names, aliases=template.aliases, training=training
+    )
 
 
 def _with_progress(template: SavedObjects, checkpoint: Checkpoint) -> SavedObjects:
@@ -73,12 +97,11 @@ def _made(checkpoint: Checkpoint, options: TargetOptions) -> SavedObjects:
             "saved itself (at step 0, say)."
         )
     config = options.ds_config if options.ds_config is not None else training.config
-    bf16 = _enabled(config, "bf16")
-    compute = DType.bfloat16 if bf16 else DType.float16 if _enabled(config, "fp16") else DType.float32
+    bf16 = _enabled(config, "bf16") or _enabled(config, "bfloat16")
     version = training.engine_version or VERSION
     has_experts = bool(checkpoint.moe_layers)
     model: dict[str, Any] = {
-        "module": _module(checkpoint, compute),
+        "module": _module(checkpoint),
         "buffer_names": [t.name for t in checkpoint.tensors if t.role is Role.BUFFER],
         "optimizer": None,
         "param_shapes": [OrderedDict({"": () if has_experts else TorchSize(())})],
@@ -114,7 +137,7 @@ def _made(checkpoint: Checkpoint, options: TargetOptions) -> SavedObjects:
     return SavedObjects(model, _optimizer(checkpoint, config, version), bf16)
 
 
-def _module(checkpoint: Checkpoint, compute: DType) -> OrderedDict[str, Any]:
+def _module(checkpoint: Checkpoint) -> OrderedDict[str, Any]:
     """Placeholders of no elements for parameters, buffers in full, no experts."""
     layers = {layer.layer_path: layer for layer in checkpoint.moe_layers}
     experts = {
@@ -129,7 +152,7 @@ def _module(checkpoint: Checkpoint, compute: DType) -> OrderedDict[str, Any]:
         if name in experts:
             continue
         buffer = tensor is not None and tensor.role is Role.BUFFER
-        module[name] = tensor if buffer else Inline(b"", (0,), compute)
+        module[name] = tensor if buffer else Inline(b"", (0,), DType.float32)
     return module
 
 

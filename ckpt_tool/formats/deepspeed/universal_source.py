@@ -21,6 +21,7 @@ from ckpt_tool.canonical import (
     STEP,
     WEIGHT,
     Checkpoint,
+    DType,
     MoELayer,
     ParamGroup,
     Role,
@@ -268,11 +269,17 @@ class _Parameter:
         if ROLE in entry:
             self._role = Role(entry[ROLE])
         if state == "fp32":
-            state = MASTER if self._role is Role.PARAMETER else WEIGHT
+            trained = self._role is Role.PARAMETER and tensor.dtype is DType.float32
+            state = MASTER if trained else WEIGHT
         self.tensors.append(replace(tensor, state=state, role=self._role))
 
     def _check(self) -> None:
         first = self.tensors[0]
+        if first.state == WEIGHT and first.role is Role.PARAMETER and len(self.tensors) > 1:
+            raise UnreadableError(
+                f"{self._where}/fp32.pt is {first.dtype}, beside optimizer states: it is no master copy, and "
+                "training on from it would lose precision. Convert the original checkpoint again."
+            )
         for tensor in self.tensors:
             if tensor.shape != first.shape:
                 raise UnreadableError(
