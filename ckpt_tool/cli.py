@@ -388,11 +388,23 @@ def main() -> None:
     try:
         app(args=_with_default_glob(sys.argv[1:]), prog_name="ckpt-tool")
     except CkptToolError as error:
-        print(f"ckpt-tool: {error}", file=sys.stderr)  # noqa: T201
+        _complain(str(error))
         sys.exit(error.exit_code)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        print(
+            "ckpt-tool: this is a bug in ckpt-tool; please report it with the lines above", file=sys.stderr
+        )
+        sys.exit(4)
     except KeyboardInterrupt:
-        print("ckpt-tool: interrupted; nothing was published", file=sys.stderr)  # noqa: T201
+        _complain("interrupted; nothing was published")
         sys.exit(130)
+
+
+def _complain(message: str) -> None:
+    print(f"ckpt-tool: {message}", file=sys.stderr)  # noqa: T201
 
 
 def _with_default_glob(arguments: list[str]) -> list[str]:

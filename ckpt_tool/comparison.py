@@ -22,8 +22,9 @@ from ckpt_tool.containers.decoded import DecodingReader
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import CkptToolError, MismatchError, UsageError
 from ckpt_tool.execute.budget import Budget
+from ckpt_tool.execute.casts import cast
 from ckpt_tool.execute.gather import gather
-from ckpt_tool.execute.local import EXTENT_BYTES, cast
+from ckpt_tool.execute.local import EXTENT_BYTES
 from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.execute.threads import in_parallel
 from ckpt_tool.families import family_of

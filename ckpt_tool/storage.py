@@ -19,6 +19,8 @@ from typing import Protocol
 from ckpt_tool.errors import ExecutionError, UnreadableError
 
 _MAX_OPEN_FILES = 128
+# One write of 8 MiB was measured at several times the kernel time of eight of 1 MiB (Linux 6.18, ext4).
+_LARGEST_WRITE = 1 << 20
 
 
 class Reader(Protocol):
@@ -179,7 +181,7 @@ class LocalWriter:
         done = 0
         while done < len(view):
             try:
-                done += os.pwrite(fd, view[done:], offset + done)
+                done += os.pwrite(fd, view[done : done + _LARGEST_WRITE], offset + done)
             except OSError as error:
                 raise self._failure(path, error) from error
 

@@ -1,4 +1,4 @@
-"""Carry out a plan on this machine: a few threads, each with its own two buffers, no torch but for casts.
+"""Carry out a plan on this machine: a few threads, each with its own two buffers."""
 
 The work is ordered by target file. A worker takes one extent, reads it tile by tile from wherever its
 elements lie, casts if asked, checksums, and writes it in place. Whoever finishes a file's last extent
@@ -15,9 +15,10 @@ from typing import NamedTuple
 import xxhash
 from isal import isal_zlib
 
-from ckpt_tool.canonical import Box, DType
-from ckpt_tool.errors import ExecutionError
+from ckpt_tool.canonical import Box
+from ckpt_tool.containers.decoded import DecodingReader
 from ckpt_tool.execute.budget import MIB, Budget
+from ckpt_tool.execute.casts import cast
 from ckpt_tool.execute.gather import gather
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.execute.threads import in_parallel
@@ -93,7 +94,8 @@ class _Run:
         meter: Meter,
         on_file: Callable[[WrittenFile], None],
     ) -> None:
-        self._source, self._sink, self._meter, self._on_file = source, sink, meter, on_file
+        self._source: Reader = DecodingReader(source)
+        self._sink, self._meter, self._on_file = sink, meter, on_file
         self._lock = threading.Lock()
         self.stop = threading.Event()
 
@@ -197,15 +199,3 @@ class _Tile:
         out = self._second[: numel * fill.dtype.itemsize]
         cast(raw, tensor.dtype, out, fill.dtype)
         return out
-
-
-def cast(data: memoryview, source: DType, out: memoryview, target: DType) -> None:
-    """Convert floats between dtypes, rounding to nearest even as torch does, without allocating."""
-    if not (source.is_float and target.is_float):
-        raise ExecutionError(f"A cast from {source} to {target} is not supported.")
-    import torch
-
-    if torch.get_num_threads() != 1:
-        torch.set_num_threads(1)
-    values = torch.frombuffer(data, dtype=getattr(torch, source.torch_name))
-    torch.frombuffer(out, dtype=getattr(torch, target.torch_name)).copy_(values)
