@@ -31,10 +31,16 @@ class DType(Enum):
     bfloat16 = ("bfloat16", 2)
     float8_e4m3fn = ("float8_e4m3fn", 1)
     float8_e5m2 = ("float8_e5m2", 1)
+    float8_e4m3fnuz = ("float8_e4m3fnuz", 1)
+    float8_e5m2fnuz = ("float8_e5m2fnuz", 1)
+    float8_e8m0fnu = ("float8_e8m0fnu", 1)
     int64 = ("int64", 8)
     int32 = ("int32", 4)
     int16 = ("int16", 2)
     int8 = ("int8", 1)
+    uint64 = ("uint64", 8)
+    uint32 = ("uint32", 4)
+    uint16 = ("uint16", 2)
     uint8 = ("uint8", 1)
     bool_ = ("bool", 1)
 
@@ -135,6 +141,15 @@ Regions = Iterable[Region | Box]
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding:
+    """How files hold a tensor whose values are computed as they are read: the quantisation ``scheme``
+    and the ``stored`` tensors under their names in the files. Regions of the tensor name its values."""
+
+    scheme: str
+    stored: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """One canonical tensor: its identity, its logical form, and where its elements lie.
 
@@ -149,6 +164,7 @@ class Tensor:
     regions: Regions
     role: Role = Role.PARAMETER
     replicas: Regions = ()
+    encoding: Encoding | None = None
 
     @property
     def numel(self) -> int:

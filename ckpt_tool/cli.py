@@ -394,9 +394,7 @@ def main() -> None:
         import traceback
 
         traceback.print_exc()
-        print(
-            "ckpt-tool: this is a bug in ckpt-tool; please report it with the lines above", file=sys.stderr
-        )
+        _complain("this is a bug in ckpt-tool; please report it with the lines above")
         sys.exit(4)
     except KeyboardInterrupt:
         _complain("interrupted; nothing was published")

@@ -411,6 +411,12 @@ def check(
             else:
                 message = f"{file.path} is missing or not of {file.size} bytes, which {MANIFEST} states"
                 differences.append(Difference("checksum", file.path, message))
+        listed = {file.path for file in manifest.files} | {MANIFEST}
+        differences += [
+            Difference("extra", path, f"{path} is not in {MANIFEST}: it was added afterwards")
+            for path in _all_files(manifest_reader)
+            if path not in listed
+        ]
     archives = [source.path for source in checkpoint.files if source.path.endswith(".pt")]
     unchecked = 0
     for path in archives:
@@ -451,6 +457,15 @@ def _size(reader: Reader, path: str) -> int | None:
         return reader.size(path)
     except CkptToolError:
         return None
+
+
+def _all_files(reader: Reader, directory: str = "") -> Iterator[str]:
+    for name in reader.list(directory):
+        path = f"{directory}/{name}" if directory else name
+        if reader.is_directory(path):
+            yield from _all_files(reader, path)
+        else:
+            yield path
 
 
 class _Stretch(NamedTuple):

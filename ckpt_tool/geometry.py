@@ -209,6 +209,11 @@ def _runs(tensor: Tensor, regions: list[Region], start: int, numel: int) -> Iter
     position = start
     itemsize = tensor.dtype.itemsize
     for region in regions:
+        if region.start < 0 or region.start + region.numel > tensor.numel:
+            raise CoverageError(
+                f"{tensor.label()} has {tensor.numel} elements; {region.file} claims to hold those from "
+                f"{region.start} to {region.start + region.numel}."
+            )
         low, high = max(region.start, start), min(region.start + region.numel, end)
         if low >= high:
             continue

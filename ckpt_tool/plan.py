@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ckpt_tool.canonical import Regions, Tensor
-from ckpt_tool.errors import CkptToolError, CoverageError
+from ckpt_tool.errors import CkptToolError, CoverageError, UnreadableError
 from ckpt_tool.geometry import Piece, check_disjoint, pieces
 from ckpt_tool.layout import Fill, Layout, TargetFile
 
@@ -61,6 +61,7 @@ def make_plan(layout: Layout) -> Plan:
     paths: set[str] = set()
     seen: dict[int, Regions] = {}  # holds what it has seen, so that no id is used again
     for file in layout.files:
+        _check_path(file.path)
         if file.path in paths:
             raise CkptToolError(f"The target would have two files named {file.path}.")
         paths.add(file.path)
@@ -80,6 +81,19 @@ def make_plan(layout: Layout) -> Plan:
     for tensor in layout.source:
         _check_use(tensor, used.get(tensor.label()), layout)
     return Plan(layout, bytes_read, bytes_written, tuple(casts.values()))
+
+
+def _check_path(path: str) -> None:
+    """Names in a checkpoint become paths; none may lead out of the target.
+
+    Raises:
+        UnreadableError: it would.
+    """
+    if "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
+        raise UnreadableError(
+            f"A name in the checkpoint would make the target's file {path!r}, outside of the destination. "
+            "This checkpoint is damaged or hostile."
+        )
 
 
 class _Ranges:

@@ -33,6 +33,8 @@ class Reader(Protocol):
         """Names in ``directory``, sorted. A missing directory is an empty one."""
         ...
 
+    def is_directory(self, path: str) -> bool: ...
+
     def size(self, path: str) -> int:
         """Size in bytes; raises UnreadableError where there is no such file."""
         ...
@@ -81,6 +83,9 @@ class LocalReader:
             return []
         except NotADirectoryError:
             return []
+
+    def is_directory(self, path: str) -> bool:
+        return (self._root / path).is_dir()
 
     def size(self, path: str) -> int:
         with self._handle(path) as fd:

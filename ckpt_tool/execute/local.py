@@ -1,4 +1,4 @@
-"""Carry out a plan on this machine: a few threads, each with its own two buffers."""
+"""Carry out a plan on this machine: a few threads, each with its own two buffers.
 
 The work is ordered by target file. A worker takes one extent, reads it tile by tile from wherever its
 elements lie, casts if asked, checksums, and writes it in place. Whoever finishes a file's last extent

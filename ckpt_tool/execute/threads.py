@@ -26,6 +26,8 @@ def in_parallel(
     lock = threading.Lock()
     stop = stop or threading.Event()
     failures: list[BaseException] = []
+    # Not Thread.join: interrupted, it takes a running thread for stopped (bpo-45274, Python < 3.13).
+    finished = threading.Semaphore(0)
 
     def run() -> None:
         try:
@@ -39,19 +41,25 @@ def in_parallel(
         except BaseException as error:
             failures.append(error)
             stop.set()
+        finally:
+            finished.release()
 
-    pool = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
+    started = ended = 0
+    interrupt: BaseException | None = None
     try:
-        for thread in pool:
-            thread.start()
-        for thread in pool:
-            while thread.is_alive():
-                thread.join(0.1)  # with a timeout, so that Ctrl-C is noticed
-    except BaseException:
+        for _ in range(threads):
+            threading.Thread(target=run, daemon=True).start()
+            started += 1
+    except BaseException as error:
+        interrupt = error
         stop.set()
-        for thread in pool:
-            if thread.ident is not None:
-                thread.join()
-        raise
+    while ended < started:
+        try:
+            ended += finished.acquire(timeout=0.1)  # with a timeout, so that Ctrl-C is noticed
+        except BaseException as error:
+            interrupt = interrupt or error
+            stop.set()
+    if interrupt is not None:
+        raise interrupt
     if failures:
         raise failures[0]
