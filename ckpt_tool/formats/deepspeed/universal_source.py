@@ -221,7 +221,9 @@ class _Parameter:
         self.name = name
         self._where = f"{reader.root}/zero/{name}"
         self._shape = about.shapes.get(name)
-        self._role = about.untrained.get(name, Role.PARAMETER)
+        # stages 1 and 2 copy everything in 'module' that no optimizer state was found for
+        trained = about.ours or not about.parameters or name in about.parameters
+        self._role = about.untrained.get(name, Role.PARAMETER if trained else Role.FROZEN)
         expert = parse_expert(name)
         self._is_expert = expert is not None
         self.key: TensorName = expert[1] if expert else name
@@ -277,8 +279,8 @@ class _Parameter:
         first = self.tensors[0]
         if first.state == WEIGHT and first.role is Role.PARAMETER and len(self.tensors) > 1:
             raise UnreadableError(
-                f"{self._where}/fp32.pt is {first.dtype}, beside optimizer states: it is no master copy, and "
-                "training on from it would lose precision. Convert the original checkpoint again."
+                f"{self._where}/fp32.pt is {first.dtype}, beside optimizer states: it is no master copy, "
+                "and training on from it would lose precision. Convert the original checkpoint again."
             )
         for tensor in self.tensors:
             if tensor.shape != first.shape:

@@ -1,0 +1,127 @@
+"""Views of tensors against numpy: any chain of slices, transpositions, interleavings and stackings."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ckpt_tool.canonical import Box, DType, Region, Tensor
+from ckpt_tool.errors import CoverageError
+from ckpt_tool.execute.gather import gather
+from ckpt_tool.geometry import Axis, Placed, assemble, boxes_of_run, check_disjoint, pieces, take
+from ckpt_tool.storage import LocalReader
+
+Array = np.ndarray
+
+
+class Maker:
+    """Random tensors in random pieces of files, each beside the array it holds."""
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self.root, self.rng, self.count = root, random.Random(seed), 0
+
+    def base(self, shape: tuple[int, ...]) -> tuple[Tensor, Array]:
+        array = np.array([self.rng.getrandbits(31) for _ in range(int(np.prod(shape)))], np.int32)
+        cuts = sorted({0, array.size, *(self.rng.randint(0, array.size) for _ in range(3))})
+        regions = []
+        for low, high in pairwise(cuts):
+            self.count += 1
+            padding = self.rng.randint(0, 3)
+            np.concatenate([np.full(padding, -1, np.int32), array[low:high]]).tofile(
+                self.root / f"{self.count}"
+            )
+            regions.append(Region(low, high - low, f"{self.count}", 4 * padding))
+        self.rng.shuffle(regions)
+        return Tensor("x", "weight", shape, DType.int32, tuple(regions)), array.reshape(shape)
+
+    def taken(self, tensor: Tensor, array: Array) -> tuple[Tensor, Array]:
+        order = self.rng.sample(range(array.ndim), array.ndim)
+        axes, index = [], [slice(None)] * array.ndim
+        for dim in order:
+            step, start = self.rng.randint(1, 3), self.rng.randint(0, array.shape[dim] - 1)
+            length = self.rng.randint(1, (array.shape[dim] - 1 - start) // step + 1)
+            axes.append(Axis(dim, start, length, step))
+            index[dim] = slice(start, start + (length - 1) * step + 1, step)
+        return take(tensor, axes), array[tuple(index)].transpose(order)
+
+    def joined(self, tensor: Tensor, array: Array) -> tuple[Tensor, Array]:
+        """Another of the same shape beside it, or interleaved with it, along one dimension."""
+        other, values = self.base(array.shape)
+        dim, interleave = self.rng.randrange(array.ndim), self.rng.random() < 0.5
+        shape = list(array.shape)
+        shape[dim] *= 2
+        result, placed = np.empty(shape, np.int32), []
+        for number, (part, held) in enumerate(((tensor, array), (other, values))):
+            first, step = (number, 2) if interleave else (number * array.shape[dim], 1)
+            axes = [Axis(d, 0, size) for d, size in enumerate(array.shape)]
+            axes[dim] = Axis(dim, first, array.shape[dim], step)
+            placed.append(Placed(part, tuple(axes)))
+            index = [slice(None)] * array.ndim
+            index[dim] = slice(first, first + step * (array.shape[dim] - 1) + 1, step)
+            result[tuple(index)] = held
+        return assemble(tensor, tuple(shape), placed), result
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_views_read_what_numpy_reads(seed: int, tmp_path: Path) -> None:
+    make = Maker(tmp_path, seed)
+    tensor, array = make.base(tuple(make.rng.randint(1, 6) for _ in range(make.rng.randint(1, 4))))
+    for _ in range(make.rng.randint(0, 3)):
+        tensor, array = make.rng.choice((make.taken, make.joined))(tensor, array)
+    assert tensor.shape == array.shape
+    check_disjoint(tensor)
+    reader, flat = LocalReader(tmp_path), np.ascontiguousarray(array).reshape(-1)
+    found, position = pieces(tensor, 0, tensor.numel), 0
+    while position < flat.size:
+        numel = min(flat.size - position, make.rng.randint(1, 20))
+        buffer, scratch = bytearray(4 * numel), bytearray(max(4 * numel, make.rng.choice((8, 64, 4096))))
+        gather(reader, tensor, found, position, numel, memoryview(buffer), memoryview(scratch))
+        assert bytes(buffer) == flat[position : position + numel].tobytes()
+        position += numel
+    reader.close()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_flat_range_is_cut_into_few_boxes_that_cover_it(seed: int) -> None:
+    rng = random.Random(seed)
+    shape = tuple(rng.randint(1, 5) for _ in range(rng.randint(1, 4)))
+    size = int(np.prod(shape))
+    start = rng.randint(0, size)
+    numel = rng.randint(0, size - start)
+    hit = np.zeros(shape, int)
+    boxes = list(boxes_of_run(start, numel, shape))
+    for origin, counts in boxes:
+        hit[tuple(slice(o, o + c) for o, c in zip(origin, counts, strict=True))] += 1
+    assert len(boxes) <= 2 * len(shape) - 1
+    assert hit.reshape(-1).tolist() == [int(start <= i < start + numel) for i in range(size)]
+
+
+def _boxes(*boxes: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+    regions = tuple(
+        Box(origin, counts, (1,) * len(origin), f"file{n}", 0, (16, 4))
+        for n, (origin, counts) in enumerate(boxes)
+    )
+    return Tensor("x", "weight", (4, 4), DType.int32, regions)
+
+
+def test_overlapping_boxes_are_refused_by_file() -> None:
+    with pytest.raises(CoverageError, match="file0 and file1"):
+        check_disjoint(_boxes(((0, 0), (3, 4)), ((2, 0), (1, 4)), ((3, 0), (1, 4))))
+
+
+def test_a_missing_box_is_refused_with_the_number_of_elements() -> None:
+    with pytest.raises(CoverageError, match="12 of its 16"):
+        check_disjoint(_boxes(((0, 0), (2, 4)), ((2, 0), (1, 4))))
+
+
+def test_a_box_that_reaches_outside_is_refused() -> None:
+    with pytest.raises(CoverageError, match="reaches outside"):
+        check_disjoint(_boxes(((0, 0), (4, 2)), ((0, 2), (4, 3))))
+
+
+def test_a_grid_of_boxes_passes() -> None:
+    check_disjoint(_boxes(((0, 0), (2, 2)), ((0, 2), (2, 2)), ((2, 0), (2, 2)), ((2, 2), (2, 2))))
