@@ -312,7 +312,10 @@ def _carry_out(
             on_file=staging.add,
         )
         if verify_result:
-            verdict = _verify_result(staging.path, reader, checkpoint, options, budget, how)
+            kept = checkpoint.select(
+                tensor for tensor in checkpoint.tensors if tensor.label() not in plan.layout.left_out
+            )
+            verdict = _verify_result(staging.path, reader, kept, options, budget, how)
         staging.publish()
     finally:
         staging.close()

@@ -132,8 +132,8 @@ class EnginePlan:
 
     def _sub_group_size(self) -> int:
         """Elements at which a sub-group is closed."""
-        zero = dict(self.config().get("zero_optimization") or {})
-        return int(zero.get("sub_group_size") or groups.DEFAULT_SUB_GROUP_SIZE)
+        size = dict(self.config().get("zero_optimization") or {}).get("sub_group_size")
+        return groups.DEFAULT_SUB_GROUP_SIZE if size is None else int(size)
 
     def config(self) -> Mapping[str, Any]:
         if self.options.ds_config is not None:

@@ -98,36 +98,33 @@ def _join(
 ) -> tuple[list[ParamGroup], list[tuple[int, int]]]:
     """Put together the expert groups of one user group; name the joins that are not certain.
 
-    Two neighbours are certainly of different user groups if their options differ, if module order goes
-    back, or if the second's first parameter would still have fitted into the first. A join is certain
-    where at most one user group has those options. Doubtful joins: (joined group, position in it).
+    Two neighbours are certainly of different user groups if their options differ, or if the second's first
+    parameter would still have fitted into the first. Module order that goes back says the same, unless
+    two user groups have one name: the engine collects experts by it. A join is certain where only one
+    user group has those options. Doubtful joins: (joined group, position in it).
     """
+    names = [group.options.get("name") for group in dense]
+    same_names = len(set(names)) != len(names)
     joined: list[ParamGroup] = []
     doubtful: list[tuple[int, int]] = []
     held = 0  # elements in the last source group
     for group in experts:
         size = sum(numel(name) for name in group.parameters)
-        if joined and not _apart(joined[-1], group, order, held, numel, limit):
-            before = joined[-1]
-            if sum(_options(one) == _options(group) for one in dense) > 1:
+        before = joined[-1] if joined else None
+        back = before is not None and order[group.parameters[0]] < order[before.parameters[-1]]
+        if (
+            before is None
+            or _options(before) != _options(group)
+            or held + numel(group.parameters[0]) <= limit
+            or (back and not same_names)
+        ):
+            joined.append(group)
+        else:
+            if back or sum(_options(one) == _options(group) for one in dense) > 1:
                 doubtful.append((len(joined) - 1, len(before.parameters)))
             joined[-1] = ParamGroup(before.options, before.parameters + group.parameters)
-        else:
-            joined.append(group)
         held = size
     return joined, doubtful
-
-
-def _apart(
-    before: ParamGroup,
-    group: ParamGroup,
-    order: Mapping[TensorName, int],
-    held: int,
-    numel: Numel,
-    limit: int,
-) -> bool:
-    first, last = group.parameters[0], before.parameters[-1]
-    return _options(before) != _options(group) or order[first] < order[last] or held + numel(first) <= limit
 
 
 def _cut(groups: Sequence[ParamGroup], cuts: Sequence[tuple[int, int]]) -> list[ParamGroup]:
@@ -181,7 +178,7 @@ def _close_at(names: list[TensorName], numel: Numel, size: int) -> list[list[Ten
     parts: list[list[TensorName]] = [[]]
     held = 0
     for name in names:
-        if held >= size:
+        if parts[-1] and held >= size:
             parts.append([])
             held = 0
         parts[-1].append(name)
