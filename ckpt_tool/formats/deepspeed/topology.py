@@ -51,8 +51,8 @@ def target_ranks(checkpoint: Checkpoint, options: TargetOptions) -> Ranks:
         options.world not in (None, source.world_size) or options.ep not in (None, source.ep_size)
     ):
         raise UsageError(
-            f"--like {options.like.root} is of {source.world_size} ranks at EP size {source.ep_size}, which "
-            "--world and --ep contradict. Leave them out: the template says both."
+            f"--like {options.like.root} is of {source.world_size} ranks at EP size {source.ep_size}, "
+            "which --world and --ep contradict. Leave them out: the template says both."
         )
     world = options.world or source.world_size
     experts = sorted({layer.num_experts for layer in checkpoint.moe_layers})

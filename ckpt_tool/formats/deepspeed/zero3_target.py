@@ -171,10 +171,6 @@ class _Plan(EnginePlan):
             )
             for group in self.sub_groups
         ]
-        if self.options.weights_only:
-            kept = ("loss_scaler", "dynamic_loss_scale", "overflow")
-            new = {key: zero[key] for key in kept} | {"fp32_flat_groups": flats}
-            return {**self.saved.optimizer, "optimizer_state_dict": new}
         changed: dict[str, Any] = {
             "partition_count": self.ranks.world,
             "ds_zero_partition_groups": self._partition_groups(rank),
@@ -186,6 +182,8 @@ class _Plan(EnginePlan):
             "fp32_flat_groups": flats,
         }
         new = {key: changed.get(key, value) for key, value in zero.items()}
+        if self.options.weights_only:
+            del new["optimizer_state_dict"]
         return {
             **self.saved.optimizer,
             "optimizer_state_dict": new,
