@@ -25,10 +25,16 @@ _CODES = {
     "BF16": DType.bfloat16,
     "F8_E4M3": DType.float8_e4m3fn,
     "F8_E5M2": DType.float8_e5m2,
+    "F8_E4M3FNUZ": DType.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": DType.float8_e5m2fnuz,
+    "F8_E8M0": DType.float8_e8m0fnu,
     "I64": DType.int64,
     "I32": DType.int32,
     "I16": DType.int16,
     "I8": DType.int8,
+    "U64": DType.uint64,
+    "U32": DType.uint32,
+    "U16": DType.uint16,
     "U8": DType.uint8,
     "BOOL": DType.bool_,
 }
@@ -89,8 +95,13 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
             raise UnreadableError(f"{where}: the header names {double} twice.")
         return found
 
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON")
+
+    if not raw.startswith(b"{"):
+        raise UnreadableError(f"{where}: the header does not begin with '{{'. Not a safetensors file.")
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise UnreadableError(f"{where}: the header is not JSON ({error}).") from error
     if not isinstance(header, dict):
@@ -107,13 +118,13 @@ def _metadata(value: Any, where: str) -> dict[str, str]:
 def _entry(entry: Any, name: str, where: str) -> tuple[tuple[int, ...], DType, int, int]:
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        sound = all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
         raise UnreadableError(f"{where}: the header's entry for {name} is malformed: {entry!r}.")
     if not isinstance(code, str) or code not in _CODES:
-        raise UnreadableError(f"{where}: tensor {name} has dtype {code}, which is not supported.")
+        raise UnreadableError(f"{where}: tensor {name} has dtype {code}, which ckpt-tool does not read.")
     dtype = _CODES[code]
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise UnreadableError(

@@ -1,64 +1,188 @@
-"""Model families: what their experts are called in published files, and what their config says.
+"""Model families: what their experts are called and how they lie in published files and in memory.
 
-The data is in the ``.toml`` files beside this module, one table per family; adding a family is adding a
-table. A family is chosen by ``model_type`` in ``config.json``, never guessed from names or shapes: a
-square matrix does not tell its orientation, and AutoEP gives several families the same names.
+The data is in the ``.toml`` files beside this module, one file per group of families that share a rule,
+one table per family; adding a family is adding a table. A family is chosen by ``model_type`` in
+``config.json``, never guessed from names or shapes: a square matrix does not tell its orientation, and
+AutoEP gives several families the same names.
 
 A pattern holds ``{layer}`` for the module path of a layer (``model.layers.3``), ``{expert}`` for the
-global expert id and ``*`` for the rest of the name. ``autoep`` and ``transformers`` are the renames from
-the names of those module trees to published ones.
+global expert id and ``*`` for the rest of the name. ``docs/families.md`` describes every field.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-from ckpt_tool.canonical import ExpertName
+from ckpt_tool.canonical import GATE
 from ckpt_tool.errors import UsageError
+from ckpt_tool.families.forms import Stored, compiled, parse_stored
+
+__all__ = ["Family", "families", "families_rows", "family_of", "stated", "text_config"]
+
+HUB_FORM, FUSED_FORM = "hub", "fused"
+_FORMS = ("hub", "fused", "also")
+# Where composite models keep the description of their language model.
+_TEXT_CONFIGS = ("text_config", "thinker_config", "llm_config", "language_config")
+
+
+class Match(NamedTuple):
+    """What a stored name may stand for: its possible layouts, the layer's path as named, the expert's id
+    (None for a stack of all)."""
+
+    layouts: tuple[Stored, ...]
+    layer_path: str
+    expert: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One family's table. ``experts`` maps a projection to its published name; ``fused`` names
-    transformers' in-memory stacks: ``gate_up`` [E, 2I, H], the gate's rows first, ``down`` [E, H, I]."""
+    """One family's table.
+
+    ``hub`` is how published files hold experts, ``fused`` how transformers holds them in memory,
+    ``also`` what else occurs in files. ``autoep``, ``transformers`` and ``torchtitan`` are the renames
+    from the names of those module trees to published ones; ``prefixes`` those of module paths, from
+    transformers' to published. ``parts`` maps a dense tensor in memory to the published tensors that
+    are concatenated in it. ``misnamed`` are names that transformers' ``save_pretrained`` gives and no
+    published file has. ``config`` maps ``experts``, ``expert_size``, ``hidden_size``, ``layers``
+    and ``extra_experts`` to the fields that state them, the hub's name first. ``autoep_wrong`` is the
+    reason why AutoEP's checkpoints of this family cannot be used.
+    """
 
     name: str
     model_types: tuple[str, ...]
     moe_layers: str
-    experts: Mapping[str, str] = field(default_factory=dict)
-    fused: Mapping[str, str] = field(default_factory=dict)
+    hub: tuple[Stored, ...] = ()
+    fused: tuple[Stored, ...] = ()
+    also: tuple[Stored, ...] = ()
     config: Mapping[str, list[str]] = field(default_factory=dict)
     keep_fp32: tuple[str, ...] = ()
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, list[str]] = field(default_factory=dict)
     autoep: Mapping[str, str] = field(default_factory=dict)
     transformers: Mapping[str, str] = field(default_factory=dict)
+    torchtitan: Mapping[str, str] = field(default_factory=dict)
+    misnamed: Mapping[str, str] = field(default_factory=dict)
+    autoep_wrong: str = ""
+
+    def form(self, style: str) -> tuple[Stored, ...]:
+        """How ``style`` (hub or fused) holds the experts."""
+        return self.fused if style == FUSED_FORM else self.hub
 
     def keeps_fp32(self, name: str) -> bool:
         """Whether a tensor routes or trains wrongly when it is rounded."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.keep_fp32)
 
-    def expert_name(self, name: ExpertName, expert: int) -> str:
-        """The published name of one expert's matrix."""
-        return self.experts[name.projection].format(layer=name.layer_path, expert=expert)
+    def renames(self, dialect: str) -> Mapping[str, str]:
+        """The renames from a module tree's names to published ones."""
+        found: dict[str, Mapping[str, str]] = {"autoep": self.autoep, "torchtitan": self.torchtitan}
+        return found.get(dialect, self.transformers)
 
-    def parse_expert(self, name: str) -> tuple[ExpertName, int] | None:
-        """The inverse of ``expert_name``."""
-        for projection, pattern in self.experts.items():
-            match = compiled(pattern).fullmatch(name)
-            if match:
-                return ExpertName(match["layer"], projection), int(match["expert"])
+    def match(self, name: str) -> Match | None:
+        """The layouts that a stored name may stand for, over all forms that occur in files."""
+        for tail, layouts in _by_tail(self):
+            if name.endswith(tail):
+                for pattern, candidates in layouts:
+                    found = compiled(pattern).fullmatch(name)
+                    if found is not None:
+                        expert = found.groupdict().get("expert")
+                        return Match(candidates, found["layer"], None if expert is None else int(expert))
         return None
+
+    def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """E, I and H as far as a config states them."""
+        text = text_config(config)
+        found = {
+            letter: stated(text, self.config.get(key, ()))
+            for letter, key in (("E", "experts"), ("I", "expert_size"), ("H", "hidden_size"))
+        }
+        return {letter: value[1] for letter, value in found.items() if value and type(value[1]) is int}
+
+    def published_path(self, path: str) -> str:
+        """A module path or name of transformers' tree with its published prefix."""
+        return _swap_prefix(path, self.prefixes.items())
+
+    def memory_path(self, path: str) -> str:
+        """The inverse of ``published_path``."""
+        return _swap_prefix(path, ((hub, own) for own, hub in self.prefixes.items()))
+
+    def published(self, name: str, dialect: str) -> str | None:
+        """The published name of a dense tensor; None where no rule says anything about it."""
+        placed = self.published_path(name)
+        for pattern, target in _specific_first(self.renames(dialect).items()):
+            renamed = _renamed(placed, pattern, target)
+            if renamed is not None:
+                return renamed
+        return placed if placed != name else None
+
+    def corrected(self, name: str) -> str:
+        """A name found in a file, with what transformers misnames put right."""
+        for pattern, target in self.misnamed.items():
+            renamed = _renamed(name, pattern, target)
+            if renamed is not None:
+                return renamed
+        return name
+
+    def unpublished(self, name: str, dialect: str) -> str:
+        """The inverse of ``published``."""
+        inverse = [(target, pattern) for pattern, target in reversed(list(self.renames(dialect).items()))]
+        for pattern, target in _specific_first(inverse):
+            renamed = _renamed(name, pattern, target)
+            if renamed is not None:
+                name = renamed
+                break
+        return self.memory_path(name)
+
+
+def _swap_prefix(path: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    for old, new in prefixes:
+        if path.startswith(old):
+            return new + path[len(old) :]
+    return path
+
+
+def _specific_first(rules: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Rules in the order to try them in: whole names, then the longest pattern."""
+    return sorted(rules, key=lambda rule: ("*" in rule[0], -len(rule[0])))
+
+
+def _renamed(name: str, pattern: str, target: str) -> str | None:
+    match = compiled(pattern).fullmatch(name)
+    if match is None:
+        return None
+    groups = match.groupdict()
+    return target.format(layer=groups.get("layer")).replace("*", groups.get("rest") or "*")
+
+
+@cache
+def _tails(forms: tuple[Stored, ...]) -> tuple[tuple[str, tuple[tuple[str, tuple[Stored, ...]], ...]], ...]:
+    by_pattern: dict[str, list[Stored]] = {}
+    for stored in forms:
+        same = by_pattern.setdefault(stored.pattern, [])
+        if stored not in same:
+            same.append(stored)
+    tails: dict[str, list[tuple[str, tuple[Stored, ...]]]] = {}
+    for pattern, candidates in by_pattern.items():
+        tails.setdefault(pattern.rsplit("}", 1)[-1], []).append((pattern, tuple(candidates)))
+    return tuple((tail, tuple(layouts)) for tail, layouts in tails.items())
+
+
+def _by_tail(family: Family) -> tuple[tuple[str, tuple[tuple[str, tuple[Stored, ...]], ...]], ...]:
+    """All patterns of a family by what their names end in, which is quick to look at."""
+    return _tails((*family.hub, *family.fused, *family.also))
+
+
+# ---- the tables
 
 
 @cache
@@ -67,38 +191,118 @@ def families() -> tuple[Family, ...]:
     found = []
     for entry in resources.files(__name__).iterdir():
         if entry.name.endswith(".toml"):
-            for name, table in tomllib.loads(entry.read_text(encoding="utf-8")).items():
-                lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
-                found.append(Family(**{"name": name, **table, **lists}))
+            found += _read(tomllib.loads(entry.read_text(encoding="utf-8")))
     return tuple(sorted(found, key=lambda family: family.name))
 
 
+def _read(tables: Mapping[str, Any]) -> list[Family]:
+    """The families of one file. ``defaults`` holds for all of them; ``like`` takes over another's table."""
+    whole: dict[str, dict[str, Any]] = {}
+    for name, table in tables.items():
+        if name != "defaults":
+            base = whole[table["like"]] if "like" in table else tables.get("defaults", {})
+            whole[name] = _merged(base, {key: value for key, value in table.items() if key != "like"})
+    return [_family(name, table) for name, table in whole.items()]
+
+
+def _merged(base: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table over another: its own values win. Tables are merged, but for the layouts of experts; an
+    empty one empties."""
+    result = dict(base)
+    for key, value in table.items():
+        merge = isinstance(value, dict) and value and key in base and key not in _FORMS
+        result[key] = {**base[key], **value} if merge else value
+    return result
+
+
+def _family(name: str, table: Mapping[str, Any]) -> Family:
+    fields: dict[str, Any] = {"name": name, **table}
+    for key, value in table.items():
+        if key in _FORMS:
+            fields[key] = tuple(parse_stored(pattern, layout) for pattern, layout in value.items())
+        elif isinstance(value, list):
+            fields[key] = tuple(value)
+    fields["config"] = {"hidden_size": ["hidden_size"], "layers": ["num_hidden_layers"], **table["config"]}
+    return Family(**fields)
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family a ``config.json`` names.
+    """The family a ``config.json`` names: by the model's and its text model's type together, by the
+    model's, by its text model's, whichever is in the tables first.
 
     Raises:
         UsageError: it names none, or one that is not in the tables.
     """
-    model_type = text_config(config).get("model_type") or config.get("model_type")
-    for family in families():
-        if model_type in family.model_types:
-            return family
-    known = ", ".join(sorted(kind for family in families() for kind in family.model_types))
+    own, text = config.get("model_type"), text_config(config).get("model_type")
+    known = _by_type()
+    for model_type in (f"{own}/{text}", own, text):
+        if isinstance(model_type, str) and model_type in known:
+            return known[model_type]
     raise UsageError(
-        f"config.json has model_type {model_type!r}, whose expert names and layout ckpt-tool does not "
-        f"know, and it does not guess them. Known: {known}."
+        f"config.json has model_type {text or own!r}, whose expert names and layout ckpt-tool does not "
+        f"know, and it does not guess them. Known: {', '.join(sorted(known))}."
     )
+
+
+@cache
+def _by_type() -> dict[str, Family]:
+    return {model_type: family for family in families() for model_type in family.model_types}
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the language model."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, Mapping) else config
+    for key in _TEXT_CONFIGS:
+        nested = config.get(key)
+        if isinstance(nested, Mapping):
+            return text_config(nested)
+    return config
 
 
-@cache
-def compiled(pattern: str) -> re.Pattern[str]:
-    """A name pattern as a regular expression with the groups ``layer``, ``expert`` and ``rest``."""
-    text = re.escape(pattern).replace(r"\*", "(?P<rest>.+)")
-    text = text.replace(r"\{layer\}", r"(?P<layer>(?:.*\.)?\d+)")
-    return re.compile(text.replace(r"\{expert\}", r"(?P<expert>\d+)"))
+def stated(config: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, Any] | None:
+    """The first of ``keys`` that a config has, with its value; a dot goes into a nested config."""
+    for key in keys:
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return key, value
+    return None
+
+
+def families_rows() -> list[dict[str, Any]]:
+    """One row per family for ``ckpt-tool families``: plain data with stable keys."""
+    return [
+        {
+            "family": family.name,
+            "model_types": list(family.model_types),
+            "moe_layers": family.moe_layers,
+            "hub_layout": _kind(family.hub),
+            "fused_layout": _kind(family.fused),
+            "biases": any(stored.part == "bias" for stored in family.hub),
+            "autoep": "refused" if family.autoep_wrong else ("yes" if family.autoep else "no"),
+            "kept_fp32": list(family.keep_fp32),
+            "experts": list(family.config.get("experts", ())),
+        }
+        for family in families()
+    ]
+
+
+def _kind(forms: tuple[Stored, ...]) -> str:
+    """A layout in a few words: per expert, or stacked, with what is particular about it."""
+    weights = [stored for stored in forms if stored.part == "weight"]
+    if not weights:
+        return "no experts"
+    words = ["per expert" if weights[0].per_expert else "stacked"]
+    many = [stored for stored in weights if len(stored.projections) > 1]
+    words += ["fused"] if many else []
+    words += ["interleaved"] if any(("I", "2") in stored.dims for stored in many) else []
+    transposed = any(
+        not stored.per_expert and stored.letters.index("H") < stored.letters.index("I")
+        if stored.projections[0] != "down"
+        else not stored.per_expert and stored.letters.index("I") < stored.letters.index("H")
+        for stored in weights
+    )
+    words += ["transposed"] if transposed else []
+    words += ["flattened"] if any("E" in dim and len(dim) > 1 for s in weights for dim in s.dims) else []
+    gated = any(GATE in stored.projections for stored in weights)
+    return " ".join(words + ([] if gated else ["no gate"]))

@@ -1,15 +1,14 @@
-"""From a module tree's names to published ones, and from published files to expert stacks."""
+"""From a module tree's names to published ones, from stored files to expert stacks, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ckpt_tool.canonical import (
-    DOWN,
-    GATE,
-    UP,
     Checkpoint,
+    Encoding,
     ExpertName,
     MoELayer,
     ParamGroup,
@@ -18,10 +17,14 @@ from ckpt_tool.canonical import (
     TensorName,
 )
 from ckpt_tool.errors import MismatchError, UnreadableError
-from ckpt_tool.families import Family, compiled
-from ckpt_tool.geometry import Cut, CutRegions
+from ckpt_tool.families import FUSED_FORM, Family
+from ckpt_tool.families.forms import Stored, compiled, join, split
+from ckpt_tool.geometry import Axis, Cut, CutRegions, Placed, assemble, take
 
 HUB = "hub"
+
+
+# ---- from a module tree
 
 
 def to_hub(checkpoint: Checkpoint, family: Family) -> Checkpoint:
@@ -29,42 +32,47 @@ def to_hub(checkpoint: Checkpoint, family: Family) -> Checkpoint:
 
     Raises:
         MismatchError: a tensor of an MoE block has no published name in this family.
+        UnreadableError: AutoEP stores this family wrongly.
     """
     if checkpoint.dialect == HUB:
         return checkpoint
-    rules = family.autoep if checkpoint.dialect == "autoep" else family.transformers
+    if checkpoint.dialect == "autoep" and checkpoint.moe_layers and family.autoep_wrong:
+        raise UnreadableError(f"{checkpoint.root}: {family.autoep_wrong}")
     blocks = tuple(f"{layer.module}." for layer in checkpoint.moe_layers)
 
     def published(name: str) -> str:
-        renamed = _rename(name, rules)
-        if renamed is None and name.startswith(blocks):
+        renamed = family.published(name, checkpoint.dialect)
+        # torchtitan shares no name with published files, AutoEP none within its MoE blocks: a name
+        # without a rule is unknown there. transformers' names are published ones unless a rule says so.
+        unknown = {"torchtitan": True, "autoep": name.startswith(blocks)}.get(checkpoint.dialect, False)
+        if renamed is None and unknown:
             raise MismatchError(
-                f"{name} is part of an MoE block, but the family {family.name} has no published name "
-                "for it. Is this the config.json of another model?"
+                f"{name}: the family {family.name} has no published name for it. Is this the "
+                "config.json of another model?"
             )
         return name if renamed is None else renamed
 
     tensors: list[Tensor] = []
     layers = {layer.layer_path: layer for layer in checkpoint.moe_layers}
-    split: dict[TensorName, tuple[ExpertName, ...]] = {}
+    taken_apart: dict[TensorName, tuple[TensorName, ...]] = {}
     for tensor in checkpoint.tensors:
-        if isinstance(tensor.name, ExpertName):
-            tensors.append(tensor)
-            continue
-        parts = _split_fused(tensor, family)
+        parts = _taken_apart(tensor, family)
         if parts:
-            split[tensor.name] = tuple(p.name for p in parts if isinstance(p.name, ExpertName))
-            path = split[tensor.name][0].layer_path
-            layers[path] = MoELayer(path, f"{path}.mlp", tensor.shape[0])
+            taken_apart[tensor.name] = tuple(part.name for part in parts)
+            first = parts[0].name
+            if isinstance(first, ExpertName) and first.layer_path not in layers:
+                layers[first.layer_path] = moe_layer(first.layer_path, parts[0].shape[0], family)
             tensors += parts
+        elif isinstance(tensor.name, ExpertName):
+            tensors.append(tensor)
         else:
             tensors.append(replace(tensor, name=published(tensor.name)))
 
     _check_conserved(checkpoint.tensors, tensors)
 
     def names(name: TensorName) -> tuple[TensorName, ...]:
-        if name in split:
-            return split[name]
+        if name in taken_apart:
+            return taken_apart[name]
         return (published(name),) if isinstance(name, str) else (name,)
 
     scalars: dict[tuple[TensorName, str], Scalar] = {
@@ -78,7 +86,9 @@ def to_hub(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     )
     # The router's second name in AutoEP's module tree exists nowhere else.
     tied = {
-        alias: published(name) for alias, name in checkpoint.aliases.items() if not alias.startswith(blocks)
+        published(alias): published(name)
+        for alias, name in checkpoint.aliases.items()
+        if not alias.startswith(blocks)
     }
     return replace(
         checkpoint,
@@ -89,6 +99,13 @@ def to_hub(checkpoint: Checkpoint, family: Family) -> Checkpoint:
         moe_layers=tuple(layers.values()),
         training=replace(checkpoint.training, param_groups=groups),
     )
+
+
+def moe_layer(layer_path: str, experts: int, family: Family) -> MoELayer:
+    """A layer with its MoE block where transformers has it in memory."""
+    pattern = family.fused[0].pattern if family.fused else "{layer}.mlp.experts"
+    block = pattern.partition("{layer}.")[2].partition(".")[0]
+    return MoELayer(layer_path, f"{layer_path}.{block}", experts)
 
 
 def _check_conserved(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
@@ -103,57 +120,151 @@ def _check_conserved(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
         raise MismatchError("Renaming to published names lost elements. This is a bug in ckpt-tool.")
 
 
-def _split_fused(tensor: Tensor, family: Family) -> list[Tensor]:
-    """The canonical stacks in one of transformers' fused expert tensors; none for other tensors."""
-    if not isinstance(tensor.name, str) or len(tensor.shape) != 3:
+def _taken_apart(tensor: Tensor, family: Family) -> list[Tensor]:
+    """The canonical tensors in one of transformers' fused ones; none for other tensors."""
+    if not isinstance(tensor.name, str):
         return []
-    experts, rows, columns = tensor.shape
-    for kind, pattern in family.fused.items():
+    for stored in family.fused:
+        match = compiled(stored.pattern).fullmatch(tensor.name)
+        if match is not None:
+            return split(tensor, stored, family.published_path(match["layer"]))
+    return _parts(tensor, family)
+
+
+def _parts(tensor: Tensor, family: Family) -> list[Tensor]:
+    """The published tensors that a dense one in memory concatenates along its first dimension."""
+    if not isinstance(tensor.name, str):
+        return []
+    for pattern, names in family.parts.items():
         match = compiled(pattern).fullmatch(tensor.name)
         if match is None:
             continue
-        if kind == "down":
-            return [replace(tensor, name=ExpertName(match["layer"], DOWN))]
-        half, size = rows // 2, rows * columns
-        if rows % 2:
-            raise UnreadableError(f"{tensor.label()} of shape {tensor.shape} has no two equal halves.")
-        return [
-            replace(
-                tensor,
-                name=ExpertName(match["layer"], projection),
-                shape=(experts, half, columns),
-                regions=CutRegions(
-                    [
-                        Cut(e * half * columns, half * columns, tensor, e * size + first * columns)
-                        for e in range(experts)
-                    ]
-                ),
+        if not tensor.shape or tensor.shape[0] % len(names):
+            raise UnreadableError(
+                f"{tensor.label()} of shape {list(tensor.shape)} has no {len(names)} equal parts."
             )
-            for projection, first in ((GATE, 0), (UP, half))
+        rows = tensor.shape[0] // len(names)
+        layer = family.published_path(match["layer"])
+        rest = [Axis(dim, 0, size) for dim, size in enumerate(tensor.shape)][1:]
+        return [
+            replace(take(tensor, [Axis(0, number * rows, rows), *rest]), name=name.format(layer=layer))
+            for number, name in enumerate(names)
         ]
     return []
 
 
-def from_hub(tensors: Mapping[str, Tensor], family: Family | None) -> list[Tensor]:
-    """Published tensors as canonical ones: one stack per layer and projection.
+# ---- from files
+
+
+def from_hub(
+    tensors: Mapping[str, Tensor], family: Family | None, config: Mapping[str, Any] | None = None
+) -> list[Tensor]:
+    """Tensors of files as canonical ones: published names, one stack per layer, projection and part.
+
+    Args:
+        config: the ``config.json``, which has the sizes some layouts are told apart by.
 
     Raises:
-        UnreadableError: the experts of a layer are not exactly 0 to E-1, or differ in form.
+        UnreadableError: the experts of a layer are not exactly 0 to E-1, differ in form, or do not
+            have the shape the family stores.
     """
+    if family is None:
+        return list(tensors.values())
+    if family.misnamed:
+        tensors = {str(tensor.name): tensor for tensor in _corrected(tensors.values(), family)}
+    sizes = family.sizes(config or {})
+    chosen = _Choice(tensors, family, sizes)
     stacks: dict[ExpertName, dict[int, Tensor]] = {}
     found: list[Tensor | ExpertName] = []
     for name, tensor in tensors.items():
-        expert = family.parse_expert(name) if family else None
-        if expert is None:
-            found += _split_fused(tensor, family) if family else []
-            if not family or not _split_fused(tensor, family):
-                found.append(tensor)
+        match = family.match(name)
+        if match is None:
+            found += _parts(tensor, family) or [_published(tensor, family)]
             continue
-        if expert[0] not in stacks:
-            stacks[expert[0]] = {}
-            found.append(expert[0])
-        stacks[expert[0]][expert[1]] = tensor
-    return [_stack(item, stacks[item]) if isinstance(item, ExpertName) else item for item in found]
+        layer = family.published_path(match.layer_path)
+        stored = chosen.layout(match.layouts, match.layer_path)
+        if match.expert is None:
+            found += _with_encoding(split(tensor, stored, layer, sizes.get("E")), tensor)
+            continue
+        stack = stored.names(layer)[0]
+        if stack not in stacks:
+            stacks[stack] = {}
+            found.append(stack)
+        stacks[stack][match.expert] = tensor
+    result = [_stack(item, stacks[item]) if isinstance(item, ExpertName) else item for item in found]
+    _check_once(result)
+    return result
+
+
+def _corrected(tensors: Iterable[Tensor], family: Family) -> Iterator[Tensor]:
+    for tensor in tensors:
+        name = family.corrected(str(tensor.name))
+        yield tensor if name == tensor.name else replace(tensor, name=name)
+
+
+def _published(tensor: Tensor, family: Family) -> Tensor:
+    renamed = family.published(str(tensor.name), "transformers")
+    return tensor if renamed is None else replace(tensor, name=renamed)
+
+
+def _check_once(tensors: Sequence[Tensor]) -> None:
+    seen: set[TensorName] = set()
+    for tensor in tensors:
+        if tensor.name in seen:
+            raise UnreadableError(
+                f"{tensor.name} is in the files twice, under a published name and under another one."
+            )
+        seen.add(tensor.name)
+
+
+def _with_encoding(parts: list[Tensor], whole: Tensor) -> list[Tensor]:
+    return [replace(part, encoding=whole.encoding) for part in parts] if whole.encoding else parts
+
+
+class _Choice:
+    """Which of a name's layouts a layer has, where a family has more than one under the same name.
+
+    The sizes in config.json say which shapes each would have; gate_up and down together always tell
+    two orientations apart, square or not.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], family: Family, sizes: Mapping[str, int]) -> None:
+        self._sizes, self._family = sizes, family
+        self._shapes: dict[str, list[tuple[tuple[Stored, ...], tuple[int, ...]]]] = {}
+        self._chosen: dict[str, int] = {}
+        if not any(hub.pattern == fused.pattern and hub != fused for hub, fused in _pairs(family)):
+            return
+        for name, tensor in tensors.items():
+            match = family.match(name)
+            if match is not None and len(match.layouts) > 1:
+                self._shapes.setdefault(match.layer_path, []).append((match.layouts, tensor.shape))
+
+    def layout(self, layouts: tuple[Stored, ...], layer_path: str) -> Stored:
+        if len(layouts) == 1:
+            return layouts[0]
+        if layer_path not in self._chosen:
+            self._chosen[layer_path] = self._choose(layer_path, len(layouts))
+        return layouts[self._chosen[layer_path]]
+
+    def _choose(self, layer_path: str, count: int) -> int:
+        held = self._shapes[layer_path]
+        fits = [
+            number
+            for number in range(count)
+            if all(layouts[number].expected(self._sizes) == shape for layouts, shape in held)
+        ]
+        if len(fits) != 1:
+            shapes = ", ".join(str(list(shape)) for _, shape in held)
+            raise UnreadableError(
+                f"The experts of {layer_path} have the shapes {shapes}; by the sizes in config.json "
+                f"({dict(self._sizes)}) that is {'either' if fits else 'neither'} of the layouts the "
+                f"family {self._family.name} occurs in."
+            )
+        return fits[0]
+
+
+def _pairs(family: Family) -> Iterator[tuple[Stored, Stored]]:
+    return ((hub, fused) for hub in family.hub for fused in family.fused)
 
 
 def _stack(name: ExpertName, experts: Mapping[int, Tensor]) -> Tensor:
@@ -172,15 +283,144 @@ def _stack(name: ExpertName, experts: Mapping[int, Tensor]) -> Tensor:
             )
     size = first.numel
     cuts = [Cut(expert * size, size, experts[expert], 0) for expert in range(len(experts))]
+    encoded = [tensor.encoding for tensor in experts.values() if tensor.encoding is not None]
+    encoding = Encoding(encoded[0].scheme, tuple(t for e in encoded for t in e.stored)) if encoded else None
     return Tensor(
-        name, first.state, (len(experts), *first.shape), first.dtype, CutRegions(cuts), first.role
+        name,
+        first.state,
+        (len(experts), *first.shape),
+        first.dtype,
+        CutRegions(cuts),
+        first.role,
+        encoding=encoding,
     )
 
 
-def _rename(name: str, rules: Mapping[str, str]) -> str | None:
-    for pattern, target in rules.items():
-        match = compiled(pattern).fullmatch(name)
-        if match:
-            groups = match.groupdict()
-            return target.format(layer=groups.get("layer")).replace("*", groups.get("rest") or "*")
-    return None
+# ---- to files
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of a file: its name and shape there, and elements of ``tensor`` from ``start`` on."""
+
+    name: str
+    tensor: Tensor
+    shape: tuple[int, ...]
+    start: int = 0
+
+
+def entries(tensors: Sequence[Tensor], family: Family, style: str) -> list[Entry]:
+    """Canonical tensors under published names as the entries of files, in the order of the model.
+
+    Args:
+        style: ``hub`` for the published form, ``fused`` for transformers' names and stacks.
+
+    Raises:
+        MismatchError: an expert tensor has no place in that form, or half of a fused one is missing.
+    """
+    by_layer: dict[str, dict[TensorName, Tensor]] = {}
+    for tensor in tensors:
+        if isinstance(tensor.name, ExpertName):
+            by_layer.setdefault(tensor.name.layer_path, {})[tensor.name] = tensor
+    joined = _Joined(tensors, family) if style == FUSED_FORM else None
+    found: list[Entry] = []
+    for tensor in tensors:
+        if isinstance(tensor.name, ExpertName):
+            found += _layer(tensor.name.layer_path, by_layer.pop(tensor.name.layer_path, {}), family, style)
+        elif joined is None:
+            found.append(Entry(tensor.name, tensor, tensor.shape))
+        else:
+            found += joined.entries(tensor)
+    if sum(t.numel for t in tensors) != sum(_numel(entry.shape) for entry in found):
+        raise MismatchError("Naming the tensors of the result lost elements. This is a bug in ckpt-tool.")
+    return found
+
+
+def _numel(shape: Sequence[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _layer(path: str, held: dict[TensorName, Tensor], family: Family, style: str) -> list[Entry]:
+    """The entries of one layer's experts."""
+    left = dict(held)
+    at = family.memory_path(f"{path}.").removesuffix(".") if style == FUSED_FORM else path
+    singles: list[tuple[Stored, Tensor]] = []
+    found: list[Entry] = []
+    for stored in family.form(style):
+        names = stored.names(path)
+        stacks = [left.pop(name) for name in names if name in left]
+        if len(stacks) not in (0, len(names)):
+            missing = sorted({str(name) for name in names} - {str(stack.name) for stack in stacks})
+            raise MismatchError(
+                f"{missing[0]} is missing; the files hold it together with {stacks[0].name}."
+            )
+        if stacks and stored.per_expert:
+            singles.append((stored, stacks[0]))
+        elif stacks:
+            _check_alike(stacks)
+            tensor, shape = join(stacks, stored, stored.key(at))
+            found.append(Entry(stored.key(at), tensor, shape))
+    if left:
+        name = next(iter(left))
+        raise MismatchError(f"{name}: the family {family.name} has no place for it. Is the config right?")
+    for expert in range(max((stack.shape[0] for _, stack in singles), default=0)):
+        for stored, stack in singles:
+            size = stack.numel // stack.shape[0] if stack.shape[0] else 0
+            if expert < stack.shape[0]:
+                found.append(Entry(stored.key(at, expert), stack, stack.shape[1:], expert * size))
+    return found
+
+
+def _check_alike(stacks: Sequence[Tensor]) -> None:
+    first = stacks[0]
+    for stack in stacks:
+        if stack.dtype is not first.dtype or stack.shape[0] != first.shape[0]:
+            if stack.dtype is first.dtype:
+                raise MismatchError(
+                    f"{stack.name} has {stack.shape[0]} experts, {first.name} {first.shape[0]}."
+                )
+            raise MismatchError(
+                f"{stack.name} is {stack.dtype}, {first.name} is {first.dtype}; the files hold them in one "
+                "tensor."
+            )
+
+
+class _Joined:
+    """Dense tensors under transformers' names; published parts are joined where all of them are there."""
+
+    def __init__(self, tensors: Sequence[Tensor], family: Family) -> None:
+        self._family = family
+        self._held = {tensor.name: tensor for tensor in tensors if isinstance(tensor.name, str)}
+        self._done: set[str] = set()
+
+    def entries(self, tensor: Tensor) -> list[Entry]:
+        name = str(tensor.name)
+        if name in self._done:
+            return []
+        for whole, parts in self._family.parts.items():
+            for part in parts:
+                match = compiled(part).fullmatch(name)
+                if match is not None:
+                    names = [other.format(layer=match["layer"]) for other in parts]
+                    if all(other in self._held for other in names):
+                        key = whole.format(layer=self._layer_path(match["layer"]))
+                        return [self._join(key, names)]
+        renamed = self._family.unpublished(name, "transformers")
+        return [Entry(renamed, replace(tensor, name=renamed), tensor.shape)]
+
+    def _layer_path(self, path: str) -> str:
+        return self._family.memory_path(f"{path}.").removesuffix(".")
+
+    def _join(self, key: str, names: Sequence[str]) -> Entry:
+        self._done |= set(names)
+        parts = [self._held[name] for name in names]
+        placed, row = [], 0
+        for part in parts:
+            rest = [Axis(dim, 0, size) for dim, size in enumerate(part.shape)][1:]
+            placed.append(Placed(part, (Axis(0, row, part.shape[0]), *rest)))
+            row += part.shape[0]
+        shape = (row, *parts[0].shape[1:])
+        return Entry(key, replace(assemble(parts[0], shape, placed), name=key), shape)

@@ -1,0 +1,156 @@
+"""Reading a directory of safetensors: its files, its index, its config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ckpt_tool.canonical import WEIGHT, Checkpoint, ExpertName, MoELayer, SourceFile, Tensor, Topology
+from ckpt_tool.containers.safetensors import SafetensorsFile
+from ckpt_tool.errors import UnreadableError, UsageError
+from ckpt_tool.families import Family, family_of, text_config
+from ckpt_tool.families.agreement import embedding_name, head_name, ties_embeddings
+from ckpt_tool.families.naming import HUB, from_hub, moe_layer
+from ckpt_tool.formats.hf.quantised import decoded, scheme_of
+from ckpt_tool.storage import Reader
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def looks_like(reader: Reader) -> bool:
+    names = reader.list()
+    return INDEX in names or any(name.endswith(".safetensors") for name in names)
+
+
+def read(reader: Reader, format_name: str) -> Checkpoint:
+    """The catalogue under published names, from headers and JSON alone."""
+    config = _config(reader)
+    stored, sources = _tensors(reader)
+    family, notes = _family(config)
+    values = decoded(stored, config)
+    found = from_hub(values, family, config)
+    found, aliases = _tied(config, found)
+    scheme = scheme_of(config)
+    if scheme is not None and len(values) != len(stored):
+        notes += (f"Quantised as {scheme}: {len(stored) - len(values)} scales belong to weights.",)
+    return Checkpoint(
+        format=format_name,
+        root=reader.root,
+        dialect=HUB,
+        tensors=tuple(found),
+        files=tuple(sources),
+        topology=Topology(),
+        moe_layers=_moe_layers(found, family),
+        aliases=aliases,
+        model_config=config,
+        notes=notes,
+    )
+
+
+def _moe_layers(tensors: list[Tensor], family: Family | None) -> tuple[MoELayer, ...]:
+    counts: dict[str, int] = {}
+    for tensor in tensors:
+        if isinstance(tensor.name, ExpertName):
+            path = tensor.name.layer_path
+            counts[path] = min(counts.get(path, tensor.shape[0]), tensor.shape[0])
+    return tuple(moe_layer(path, count, family) for path, count in counts.items()) if family else ()
+
+
+# ---- files
+
+
+def _tensors(reader: Reader) -> tuple[dict[str, Tensor], list[SourceFile]]:
+    tensors: dict[str, Tensor] = {}
+    sources = []
+    for path, expected in _files(reader).items():
+        file = SafetensorsFile(reader, path, state=WEIGHT)
+        sources.append(file.source)
+        if expected is not None and expected != set(file.tensors):
+            wrong = sorted(expected ^ set(file.tensors))[:5]
+            raise UnreadableError(
+                f"{reader.root}/{INDEX} and {path} disagree about which tensors are in it: {wrong}."
+            )
+        twice = sorted(set(tensors) & set(file.tensors))
+        if twice:
+            raise UnreadableError(f"{reader.root}: {twice[0]} is in two files, one of them {path}.")
+        tensors |= file.tensors
+    return tensors, sources
+
+
+def _files(reader: Reader) -> dict[str, set[str] | None]:
+    """The safetensors files of the model, with the tensors the index expects in each."""
+    names = reader.list()
+    if INDEX not in names:
+        return {name: None for name in names if name.endswith(".safetensors")}
+    where = f"{reader.root}/{INDEX}"
+    files: dict[str, set[str] | None] = {}
+    for name, path in _weight_map(reader, where).items():
+        if "/" in path or "\\" in path or path.startswith("."):
+            raise UnreadableError(f"{where} points outside its directory: {path!r}.")
+        expected = files.setdefault(path, set())
+        if expected is not None:
+            expected.add(name)
+    for path in files:
+        if path not in names:
+            raise UnreadableError(f"{reader.root}/{path} is missing; {INDEX} names it.")
+    return files
+
+
+def _weight_map(reader: Reader, where: str) -> dict[str, str]:
+    try:
+        found = json.loads(reader.read(INDEX, 0, reader.size(INDEX)))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UnreadableError(f"{where} is malformed ({type(error).__name__}: {error}).") from error
+    if not isinstance(found, dict) or not all(isinstance(path, str) for path in found.values()):
+        raise UnreadableError(f"{where} is malformed: weight_map is not a map of names to files.")
+    return found
+
+
+# ---- config.json
+
+
+def _config(reader: Reader) -> Mapping[str, Any] | None:
+    if "config.json" not in reader.list():
+        return None
+    data = reader.read("config.json", 0, reader.size("config.json"))
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"{reader.root}/config.json is not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise UnreadableError(f"{reader.root}/config.json is not a JSON object.")
+    return config
+
+
+def _family(config: Mapping[str, Any] | None) -> tuple[Family | None, tuple[str, ...]]:
+    if config is None:
+        return None, ("No config.json: tensors keep their names and experts are not told apart.",)
+    try:
+        return family_of(config), ()
+    except UsageError:
+        kind = text_config(config).get("model_type")
+        return None, (f"model_type {kind!r} is not known: experts are not told apart.",)
+
+
+def _tied(config: Mapping[str, Any] | None, tensors: list[Tensor]) -> tuple[list[Tensor], dict[str, str]]:
+    """The output head of a model that ties it to its embedding, as an alias; where the files hold it
+    all the same, as a copy that conversions compare before they drop it."""
+    names = {tensor.name: tensor for tensor in tensors}
+    embedding = embedding_name(names)
+    if config is None or embedding is None or not ties_embeddings(config):
+        return tensors, {}
+    head = names.get(head_name(embedding))
+    if head is None:
+        return tensors, {head_name(embedding): embedding}
+    shared = names[embedding]
+    if (head.shape, head.dtype) != (shared.shape, shared.dtype):
+        return tensors, {}
+    kept = [
+        replace(tensor, replicas=tuple(head.regions)) if tensor is shared else tensor
+        for tensor in tensors
+        if tensor is not head
+    ]
+    return kept, {head_name(embedding): embedding}

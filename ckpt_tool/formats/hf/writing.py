@@ -1,0 +1,175 @@
+"""Laying out a directory of safetensors: tensors in shards, the index, config.json, files carried over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ckpt_tool.canonical import Checkpoint, DType, Tensor
+from ckpt_tool.containers.safetensors import safetensors_file
+from ckpt_tool.errors import UsageError
+from ckpt_tool.families import FUSED_FORM, HUB_FORM, Family, family_of
+from ckpt_tool.families.agreement import check_config
+from ckpt_tool.families.naming import Entry, entries, to_hub
+from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.hf.files import INDEX, SINGLE
+from ckpt_tool.formats.hf.quantised import refuse_unreadable
+from ckpt_tool.layout import Layout, Literal, Slot, TargetFile, text_file
+
+_NO_STATE = "a model file holds no optimizer state"
+Named = tuple[str, Slot]
+
+
+def layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
+    """The model's values (masters where there are any) in the form ``options.style``: ``hub``, as the
+    family is published, or ``fused``, as transformers holds it in memory."""
+    config = options.config if options.config is not None else checkpoint.model_config
+    if config is None:
+        raise UsageError(
+            "The checkpoint does not say which model it is. Pass --config with the model's "
+            "config.json, or a directory that has one (its tokenizer is carried over, too)."
+        )
+    style = options.style or HUB_FORM
+    if style not in (HUB_FORM, FUSED_FORM):
+        raise UsageError(f"{style!r} is no form of a Hugging Face model; choose hub or fused.")
+    refuse_unreadable(checkpoint.tensors)
+    family = family_of(config)
+    published = to_hub(checkpoint, family)
+    check_config(published, family, config)
+    values = published.values()
+    keep_encoded = options.dtype is None and any(tensor.encoding for tensor in values)
+    slots = _encoded_slots(values, family, style) if keep_encoded else _slots(values, family, options)
+    shards = _shards(slots, options.max_shard_bytes)
+    files = [safetensors_file(path, part, {"format": "pt"}) for path, part in shards.items()]
+    if list(shards) != [SINGLE]:
+        files.append(text_file(INDEX, _index(shards)))
+    new_config, notes = _new_config(config, family, None if keep_encoded else _written_dtype(slots))
+    files.append(text_file("config.json", json.dumps(new_config, indent=2) + "\n"))
+    for name, data in options.extra_files.items():
+        files.append(TargetFile(name, len(data), (Literal(0, data),) if data else ()))
+    notes += _kept_precision(slots, options.dtype)
+    used = {id(tensor) for tensor in values}
+    states = [tensor for tensor in published.tensors if id(tensor) not in used]
+    left_out = {tensor.label(): _NO_STATE for tensor in states}
+    drawn = {id(slot.tensor): slot.tensor for _, slot in slots}
+    source = (*drawn.values(), *states)
+    return Layout(tuple(files), source, left_out, (*published.notes, *notes))
+
+
+# ---- tensors
+
+
+def _slots(values: Sequence[Tensor], family: Family, options: TargetOptions) -> list[Named]:
+    """(name, slot) of every tensor in the order of the model."""
+    style = options.style or HUB_FORM
+    return [
+        (entry.name, Slot(entry.tensor, entry.shape, _dtype(entry, family, options.dtype), entry.start))
+        for entry in entries(values, family, style)
+    ]
+
+
+def _dtype(entry: Entry, family: Family, dtype: DType | None) -> DType:
+    tensor = entry.tensor
+    if dtype is None or not tensor.dtype.is_float:
+        return tensor.dtype
+    return tensor.dtype if family.keeps_fp32(entry.name) else dtype
+
+
+def _encoded_slots(values: Sequence[Tensor], family: Family, style: str) -> list[Named]:
+    """Quantised tensors as they are stored, under the names they have."""
+    if style != HUB_FORM:
+        raise UsageError(
+            "The model is quantised and is to be kept so, which the fused form cannot. Ask for a dtype "
+            "(--dtype bf16), or for the hub form."
+        )
+    slots: list[Named] = []
+    seen: set[int] = set()
+    for tensor in values:
+        if tensor.encoding is None:
+            continue
+        for stored in tensor.encoding.stored:
+            if id(stored) not in seen:
+                seen.add(id(stored))
+                slots.append((str(stored.name), Slot(stored, stored.shape, stored.dtype)))
+    plain = [tensor for tensor in values if tensor.encoding is None]
+    slots += [
+        (entry.name, Slot(entry.tensor, entry.shape, entry.tensor.dtype, entry.start))
+        for entry in entries(plain, family, style)
+    ]
+    return slots
+
+
+def _kept_precision(slots: Iterable[Named], dtype: DType | None) -> list[str]:
+    kept = sorted({name for name, slot in slots if dtype and slot.dtype is not dtype})
+    return [f"Kept in their own precision, which routing needs: {', '.join(kept)}."] if kept else []
+
+
+# ---- files
+
+
+def _shards(slots: list[Named], limit: int) -> dict[str, list[Named]]:
+    """Fill files up to ``limit`` bytes in order; a tensor larger than that gets a file of its own."""
+    parts: list[list[Named]] = [[]]
+    held = 0
+    for entry in slots:
+        if parts[-1] and held + entry[1].nbytes > limit:
+            parts.append([])
+            held = 0
+        parts[-1].append(entry)
+        held += entry[1].nbytes
+    if len(parts) == 1:
+        return {SINGLE: parts[0]}
+    return {
+        f"model-{number:05d}-of-{len(parts):05d}.safetensors": part for number, part in enumerate(parts, 1)
+    }
+
+
+def _index(shards: Mapping[str, list[Named]]) -> str:
+    total = sum(slot.nbytes for part in shards.values() for _, slot in part)
+    parameters = sum(slot.numel for part in shards.values() for _, slot in part)
+    weight_map = {name: path for path, part in shards.items() for name, _ in part}
+    metadata = {"total_parameters": parameters, "total_size": total}
+    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _written_dtype(slots: list[Named]) -> DType:
+    """The dtype of most bytes."""
+    sizes: dict[DType, int] = {}
+    for _, slot in slots:
+        sizes[slot.dtype] = sizes.get(slot.dtype, 0) + slot.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _new_config(
+    config: Mapping[str, Any], family: Family, dtype: DType | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The config as given, but with the dtype that was written, which transformers loads in, and with the
+    hub's name of the number of experts. ``dtype`` None leaves everything as it is."""
+    new: dict[str, Any] = json.loads(json.dumps(config))
+    if dtype is None:
+        return new, []
+    notes = []
+    parts = _with_nested(new)
+    dropped = [part.pop("quantization_config", None) for part in parts]
+    if any(found is not None for found in dropped):
+        notes.append("quantization_config is dropped from config.json: the weights are not quantised.")
+    for part in parts:
+        for key in ("dtype", "torch_dtype"):
+            if key in part or part is new:
+                part[key] = dtype.torch_name
+        _name_experts(part, family)
+    return new, notes
+
+
+def _with_nested(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A config and the configs of its parts."""
+    nested = [value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)]
+    return [config] + [part for value in nested for part in _with_nested(value)]
+
+
+def _name_experts(part: dict[str, Any], family: Family) -> None:
+    """transformers writes num_local_experts for families whose published configs have num_experts."""
+    published = next(iter(family.config.get("experts", ())), None)
+    if published == "num_experts" and "num_experts" not in part and "num_local_experts" in part:
+        part["num_experts"] = part["num_local_experts"]

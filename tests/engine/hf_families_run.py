@@ -1,0 +1,125 @@
+"""A child process: every family saved by transformers, converted, loaded by transformers. Prints JSON.
+
+Per family a line ``RESULT {"name": ..., "error": ... or null}``; ``skipped`` where this release of
+transformers cannot build it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ckpt_tool.canonical import DType, ExpertName
+from ckpt_tool.comparison import compare
+from ckpt_tool.execute.budget import Budget
+from ckpt_tool.execute.local import execute
+from ckpt_tool.execute.meter import Silent
+from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.hf import HuggingFace
+from ckpt_tool.formats.registry import open_checkpoint
+from ckpt_tool.plan import make_plan
+from ckpt_tool.storage import LocalWriter
+from tests.engine.hf_models import build
+
+# transformers keeps these families' dense tensors (of vision towers, mostly) under other names in memory,
+# and the tables leave them alone: both names load. Experts are compared all the same.
+_DENSE_NAMES_DIFFER = {"deepseek_v4", "kimi_k25", "kimi_linear", "minimax_m3_vl", "step3p7"}
+# transformers does not restore these (formats/families.md, section 6).
+_NOT_RESTORED = ("balancing_biases",)
+_BUDGET = Budget.share(1 << 20, 1)
+
+
+def convert(source: Path, target: Path, style: str, dtype: DType | None = None) -> None:
+    target.mkdir()
+    reader, checkpoint = open_checkpoint(source)
+    plan = make_plan(HuggingFace().layout(checkpoint, TargetOptions(style=style, dtype=dtype)))
+    writer = LocalWriter(target, fsync=False)
+    execute(
+        plan, reader, writer, _BUDGET, meter=Silent(), skip=lambda file: False, on_file=lambda file: None
+    )
+    reader.close()
+
+
+def differences(a: Path, b: Path, *, experts_only: bool) -> list[str]:
+    """What differs between two directories, canonically."""
+    (reader, one), (other_reader, other) = open_checkpoint(a), open_checkpoint(b)
+    if experts_only:
+        one, other = (
+            side.select(tensor for tensor in side.tensors if isinstance(tensor.name, ExpertName))
+            for side in (one, other)
+        )
+    verdict = compare(one, other, (reader, other_reader), _BUDGET, meter=Silent())
+    return [difference.message for difference in verdict.differences]
+
+
+def logits(model: Any) -> torch.Tensor:
+    """With freshly allocated weights: kernels choose by the alignment of what they are given."""
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data = tensor.data.clone()
+        return model(input_ids=torch.arange(3, 11)[None])[0]
+
+
+def loaded(kind: type, path: Path, state: dict[str, torch.Tensor], expected: torch.Tensor) -> str | None:
+    model, info = kind.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    wrong = {key: sorted(map(str, value))[:3] for key, value in info.items() if value}
+    if wrong:
+        return f"{path.name}: {wrong}"
+    for key, tensor in model.eval().state_dict().items():
+        if not key.endswith(_NOT_RESTORED) and not torch.equal(tensor, state[key]):
+            return f"{path.name}: {key} differs"
+    restored = not any(key.endswith(_NOT_RESTORED) for key in state)
+    return None if not restored or torch.equal(logits(model), expected) else f"{path.name}: logits differ"
+
+
+def check(name: str, root: Path) -> str | None:
+    model = build(name)
+    state, expected = model.state_dict(), logits(model)
+    model.save_pretrained(root / "saved")
+    model.save_pretrained(root / "saved_fused", save_original_format=False)
+    found = differences(root / "saved", root / "saved_fused", experts_only=name in _DENSE_NAMES_DIFFER)
+    if found:
+        return f"transformers' two forms are read differently: {found[:2]}"
+    convert(root / "saved", root / "hub", "hub")
+    convert(root / "saved", root / "fused", "fused")
+    convert(root / "fused", root / "hub_again", "hub")
+    found = differences(root / "saved", root / "hub_again", experts_only=False)
+    if found:
+        return f"hub -> fused -> hub: {found[:2]}"
+    for form in ("hub", "fused"):
+        wrong = loaded(type(model), root / form, state, expected)
+        if wrong is not None:
+            return wrong
+    return None
+
+
+def main(root: Path, names: list[str]) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    for name in names:
+        result: dict[str, Any] = {"name": name, "error": None, "skipped": False}
+        known = name in transformers.models.auto.configuration_auto.CONFIG_MAPPING
+        result["skipped"] = not known
+        directory = root / name
+        try:
+            if known:
+                directory.mkdir()
+                result["error"] = check(name, directory)
+        except Exception:
+            result["error"] = traceback.format_exc()
+        shutil.rmtree(directory, ignore_errors=True)
+        print("RESULT " + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
