@@ -1,0 +1,212 @@
+"""From items and their chunks to files: ``.distcp``, ``.metadata`` and sharded safetensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import posixpath
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, overload
+
+from ckpt_tool.canonical import Box, DType, Region, Scalar, Tensor
+from ckpt_tool.containers.dcp_metadata import (
+    METADATA,
+    BytesEntry,
+    Chunk,
+    Metadata,
+    Path,
+    Stored,
+    TensorEntry,
+    metadata_bytes,
+)
+from ckpt_tool.containers.distcp import Span, concatenated
+from ckpt_tool.containers.safetensors import safetensors_file
+from ckpt_tool.containers.torch_zip import torch_file
+from ckpt_tool.errors import CoverageError
+from ckpt_tool.formats.dcp.shards import SHARDING_INFO
+from ckpt_tool.formats.deepspeed.scalars import saved_scalar
+from ckpt_tool.geometry import Axis, take
+from ckpt_tool.layout import Literal, Slot, TargetFile
+
+
+class Placement(NamedTuple):
+    """A box of a tensor, and the file it is saved in."""
+
+    file: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An entry to be saved: a tensor in chunks, a scalar, or an object, in the one place it has."""
+
+    key: str
+    path: Path
+    value: Any
+    places: tuple[Placement, ...]
+    dtype: DType | None = None
+
+    @property
+    def is_tensor(self) -> bool:
+        return isinstance(self.value, Tensor)
+
+
+class _Cutter:
+    """Cuts chunks out of one tensor. Its regions are sorted by row once, so that a chunk looks at those
+    near it only: with as many chunks as ranks, on both sides, there would be ranks squared to look at."""
+
+    def __init__(self, item: Item) -> None:
+        self._item = item
+        self._tensor: Tensor = item.value
+        spans = [(*_rows(region, self._tensor.shape), region) for region in self._tensor.regions]
+        spans.sort(key=lambda span: span[0])
+        self._regions = [region for _, _, region in spans]
+        self._firsts = [first for first, _, _ in spans]
+        self._longest = max((last - first for first, last, _ in spans), default=0)
+
+    def chunk(self, place: Placement) -> Tensor:
+        """A box of the tensor as a tensor of its own, under a name of its own."""
+        tensor, key = self._tensor, self._item.key
+        if not place.offsets:
+            return replace(tensor, name=key)
+        low, high = place.offsets[0], place.offsets[0] + place.sizes[0]
+        begin = bisect_left(self._firsts, low - self._longest)
+        end = bisect_left(self._firsts, high)
+        near = replace(tensor, regions=tuple(self._regions[begin:end]))
+        corner = zip(place.offsets, place.sizes, strict=True)
+        cut = take(near, [Axis(dim, at, size) for dim, (at, size) in enumerate(corner)])
+        return replace(cut, name=f"{key} from {list(place.offsets)} on" if any(place.offsets) else key)
+
+
+def _rows(region: Region | Box, shape: Sequence[int]) -> tuple[int, int]:
+    """The first and last index a region has in dimension 0."""
+    if isinstance(region, Box):
+        first = region.origin[0] if region.origin else 0
+        return first, first + (region.counts[0] - 1) * region.steps[0] if region.origin else 0
+    inner = max(1, math.prod(shape[1:]))
+    return region.start // inner, max(region.start, region.start + region.numel - 1) // inner
+
+
+Maker = Callable[[], TargetFile]
+
+
+class LazyFiles(Sequence[TargetFile]):
+    """Files that are laid out when they are asked for, because those of a large run together hold
+    millions of chunks."""
+
+    def __init__(self, makers: Sequence[Maker]) -> None:
+        self._makers = makers
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    @overload
+    def __getitem__(self, index: int) -> TargetFile: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TargetFile]: ...
+
+    def __getitem__(self, index: int | slice) -> TargetFile | Sequence[TargetFile]:
+        if isinstance(index, slice):
+            return LazyFiles(self._makers[index])
+        return self._makers[index]()
+
+    def __iter__(self) -> Iterator[TargetFile]:
+        return (make() for make in self._makers)
+
+
+def given(file: TargetFile) -> Maker:
+    """A file that is laid out already."""
+    return lambda: file
+
+
+def check_tiled(item: Item) -> None:
+    """The chunks of a tensor have as many elements as it has; grids do not overlap by construction."""
+    if isinstance(item.value, Tensor):
+        held = sum(math.prod(place.sizes) for place in item.places)
+        if held != item.value.numel:
+            raise CoverageError(
+                f"{item.key}: its chunks would hold {held} of {item.value.numel} elements. This is a bug "
+                "in ckpt-tool; nothing was written."
+            )
+
+
+class _Directory:
+    """What is to be in each file of a directory."""
+
+    def __init__(self, items: Sequence[Item], files: Iterable[str]) -> None:
+        self._cutters = {item.key: _Cutter(item) for item in items if item.is_tensor}
+        self.by_file: dict[str, list[tuple[Item, Placement]]] = {file: [] for file in files}
+        for item in items:
+            check_tiled(item)
+            for place in item.places:
+                self.by_file.setdefault(place.file, []).append((item, place))
+
+    def slot(self, item: Item, place: Placement) -> Slot:
+        chunk = self._cutters[item.key].chunk(place)
+        return Slot(chunk, chunk.shape, item.dtype or chunk.dtype)
+
+
+def dcp_directory(directory: str, items: Sequence[Item], files: Iterable[str]) -> tuple[list[Maker], Maker]:
+    """The .distcp files of one DCP directory, and its metadata.
+
+    Args:
+        files: all .distcp files, those that hold nothing among them.
+    """
+    ordered = sorted(items, key=lambda item: isinstance(item.value, Tensor | Scalar))  # objects first
+    contents = _Directory(ordered, files)
+
+    def make(file: str) -> tuple[TargetFile, list[Span]]:
+        return concatenated(file, [_archive(contents, *held) for held in contents.by_file[file]])
+
+    stored: dict[tuple[str, tuple[int, ...]], Stored] = {}
+    for file, held in contents.by_file.items():
+        name = posixpath.relpath(file, directory) if directory else file
+        for (item, place), span in zip(held, make(file)[1], strict=True):
+            stored[item.key, place.offsets] = Stored(name, span.offset, span.length)
+    data = metadata_bytes(_metadata(items, stored))
+    metadata = TargetFile(posixpath.join(directory, METADATA), len(data), (Literal(0, data),))
+    return [partial(_first, make, file) for file in contents.by_file], given(metadata)
+
+
+def _first(make: Callable[[str], tuple[TargetFile, list[Span]]], file: str) -> TargetFile:
+    return make(file)[0]
+
+
+def _archive(contents: _Directory, item: Item, place: Placement) -> TargetFile:
+    if item.is_tensor:
+        return torch_file("", contents.slot(item, place))
+    return torch_file("", saved_scalar(item.value) if isinstance(item.value, Scalar) else item.value)
+
+
+def _metadata(items: Sequence[Item], stored: dict[tuple[str, tuple[int, ...]], Stored]) -> Metadata:
+    entries: dict[str, TensorEntry | BytesEntry] = {}
+    for item in items:
+        value = item.value
+        if isinstance(value, Tensor):
+            chunks = tuple(Chunk(p.offsets, p.sizes, stored[item.key, p.offsets]) for p in item.places)
+            entries[item.key] = TensorEntry(value.shape, item.dtype or value.dtype, chunks)
+        elif isinstance(value, Scalar) and value.dtype is not None:
+            entries[item.key] = TensorEntry((), value.dtype, (Chunk((), (), stored[item.key, ()]),))
+        else:
+            entries[item.key] = BytesEntry(stored[item.key, ()])
+    return Metadata(entries, {item.key: item.path for item in items})
+
+
+def sharded_model(items: Sequence[Item], files: Iterable[str]) -> list[Maker]:
+    """A model as DCP's Hugging Face writer shards it; empty chunks have no place there."""
+    contents = _Directory(items, files)
+
+    def make(file: str) -> TargetFile:
+        held = [(item, place) for item, place in contents.by_file[file] if 0 not in place.sizes]
+        offsets = {item.key: {"saved_offsets": list(place.offsets)} for item, place in held}
+        header = {SHARDING_INFO: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+        return safetensors_file(
+            file, [(item.key, contents.slot(item, place)) for item, place in held], header
+        )
+
+    return [partial(make, file) for file in contents.by_file]

@@ -1,0 +1,238 @@
+"""A catalogue under the names of an FSDP2 run: transformers' modules or torchtitan's, experts stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ckpt_tool.canonical import (
+    MASTER,
+    PROJECTIONS,
+    WEIGHT,
+    Checkpoint,
+    DType,
+    ExpertName,
+    Role,
+    Scalar,
+    Tensor,
+    TensorName,
+)
+from ckpt_tool.errors import MismatchError, UsageError
+from ckpt_tool.families import Family, family_of
+from ckpt_tool.families.forms import join
+from ckpt_tool.families.naming import to_hub
+from ckpt_tool.formats.dcp.experts import TITAN_NAMES, titan_layer
+
+TITAN, TRANSFORMERS = "torchtitan", "transformers"
+
+
+@dataclass
+class Styled:
+    """Tensors by (name in the run, state); ``weight`` is the parameter itself, whatever it was before.
+
+    ``groups`` are (options, names). ``aliases`` are further names of tied tensors.
+    """
+
+    tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    roles: dict[str, Role] = field(default_factory=dict)
+    scalars: dict[tuple[str, str], Scalar] = field(default_factory=dict)
+    groups: list[tuple[Mapping[str, Any], list[str]]] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def model(self) -> list[tuple[str, Tensor]]:
+        return [(name, tensor) for (name, state), tensor in self.tensors.items() if state == WEIGHT]
+
+
+def dialect_of(style: str) -> str:
+    return TITAN if style == TITAN else TRANSFORMERS
+
+
+def styled(checkpoint: Checkpoint, dialect: str, config: Mapping[str, Any] | None) -> Styled:
+    """The catalogue as a run whose modules have ``dialect``'s names would save it.
+
+    Raises:
+        UsageError: names must change, and there is no config.json to say which model this is.
+        MismatchError: the model's family has no such names.
+    """
+    found = Styled()
+    found.left_out = {
+        tensor.label(): "the run keeps the fp32 values and rounds them itself"
+        for tensor in _shadowed(checkpoint)
+    }
+    dropped = set(found.left_out)
+    kept = replace(checkpoint, tensors=tuple(t for t in checkpoint.tensors if t.label() not in dropped))
+    namer = _namer(kept, dialect, config)
+    for tensor in namer.checkpoint.tensors:
+        if not isinstance(tensor.name, ExpertName):
+            _add(found, namer.dense(tensor.name), tensor)
+    for name, tensor in namer.stacks():
+        _add(found, name, tensor)
+    if sum(t.nbytes for t in found.tensors.values()) != sum(t.nbytes for t in kept.tensors):
+        raise MismatchError("Naming tensors for the run lost elements. This is a bug in ckpt-tool.")
+    _add_scalars(found, namer)
+    found.groups = [
+        (group.options, list(dict.fromkeys(namer.name(name) for name in group.parameters)))
+        for group in namer.checkpoint.training.param_groups
+    ]
+    found.aliases = {
+        namer.dense(alias): namer.dense(name) for alias, name in namer.checkpoint.aliases.items()
+    }
+    return found
+
+
+def _shadowed(checkpoint: Checkpoint) -> list[Tensor]:
+    masters = {tensor.name for tensor in checkpoint.tensors if tensor.state == MASTER}
+    return [t for t in checkpoint.tensors if t.state == WEIGHT and t.name in masters]
+
+
+def _add(found: Styled, name: str, tensor: Tensor) -> None:
+    state = WEIGHT if tensor.state == MASTER else tensor.state
+    if (name, state) in found.tensors:
+        raise MismatchError(f"Two tensors of the checkpoint get the same name: {name} [{state}].")
+    found.tensors[name, state] = replace(tensor, name=name, replicas=())
+    if state == WEIGHT:
+        found.roles[name] = tensor.role
+
+
+def _add_scalars(found: Styled, namer: _Namer) -> None:
+    """torch's optimizers want a 0-d fp32 tensor; experts fused into one parameter share it."""
+    for (name, state), scalar in namer.checkpoint.scalars.items():
+        key = (namer.name(name), state)
+        value = Scalar(scalar.value, scalar.dtype or DType.float32)
+        known = found.scalars.setdefault(key, value)
+        if known != value:
+            raise MismatchError(
+                f"{state} is {value.value} for {name} and {known.value} for another part of {key[0]}, "
+                "which is one parameter in the target run."
+            )
+
+
+class _Namer:
+    """Names of one dialect. ``checkpoint`` is the catalogue under the names it starts from."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def dense(self, name: str) -> str:
+        return name
+
+    def expert(self, name: ExpertName) -> str:
+        raise NotImplementedError
+
+    def name(self, name: TensorName) -> str:
+        return self.expert(name) if isinstance(name, ExpertName) else self.dense(name)
+
+    def stacks(self) -> Iterable[tuple[str, Tensor]]:
+        """The expert tensors: by default one per canonical stack."""
+        for tensor in self.checkpoint.tensors:
+            if isinstance(tensor.name, ExpertName):
+                yield self.expert(tensor.name), tensor
+
+
+class _Kept(_Namer):
+    """torchtitan's names as the source has them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        hint = checkpoint.layout_hint
+        names: Mapping[str, tuple[TensorName, ...]] = getattr(hint, "names", {})
+        self._keys = {name: key for key, given in names.items() for name in given}
+
+    def expert(self, name: ExpertName) -> str:
+        return self._keys.get(name) or _titan_name(name)
+
+
+class _Renamed(_Namer):
+    """Names made from published ones by the family's tables."""
+
+    def __init__(self, checkpoint: Checkpoint, family: Family, dialect: str) -> None:
+        super().__init__(checkpoint)
+        self._family, self._dialect = family, dialect
+
+    def dense(self, name: str) -> str:
+        return self._family.unpublished(name, self._dialect)
+
+
+class _Titan(_Renamed):
+    def dense(self, name: str) -> str:
+        found = super().dense(name)
+        if found == name and name != "lm_head.weight":
+            raise MismatchError(f"torchtitan has no name for {name} of the family {self._family.name}.")
+        return found
+
+    def expert(self, name: ExpertName) -> str:
+        return _titan_name(name)
+
+
+class _Fused(_Renamed):
+    """transformers' fused stacks; ``same`` where dense names are those of the source already."""
+
+    def __init__(self, checkpoint: Checkpoint, family: Family, *, same: bool) -> None:
+        super().__init__(checkpoint, family, TRANSFORMERS)
+        self._same = same
+
+    def dense(self, name: str) -> str:
+        return name if self._same else super().dense(name)
+
+    def _path(self, layer_path: str) -> str:
+        return layer_path if self._same else self._family.memory_path(layer_path)
+
+    def expert(self, name: ExpertName) -> str:
+        for stored in self._family.fused:
+            if name.projection in stored.projections and name.part == stored.part:
+                return stored.key(self._path(name.layer_path))
+        raise MismatchError(f"The family {self._family.name} has no fused name for {name}.")
+
+    def stacks(self) -> Iterable[tuple[str, Tensor]]:
+        layers: dict[tuple[str, str, str], dict[str, Tensor]] = {}
+        for tensor in self.checkpoint.tensors:
+            if isinstance(tensor.name, ExpertName):
+                layer = (tensor.name.layer_path, tensor.name.part, tensor.state)
+                layers.setdefault(layer, {})[tensor.name.projection] = tensor
+        for (path, part, _), by_projection in layers.items():
+            for stored in self._family.fused:
+                if stored.part != part or not set(stored.projections) <= by_projection.keys():
+                    continue
+                stacks = [by_projection.pop(projection) for projection in stored.projections]
+                key = stored.key(self._path(path))
+                tensor, shape = join(stacks, stored, key)
+                if tensor.shape != shape:
+                    raise MismatchError(
+                        f"{key} flattens its experts into another dimension; not written as DCP."
+                    )
+                state = MASTER if all(s.state == MASTER for s in stacks) else stacks[0].state
+                yield key, replace(tensor, state=state)
+            if by_projection:
+                left = sorted(by_projection, key=PROJECTIONS.index)
+                raise MismatchError(
+                    f"{path}: the family {self._family.name} has no fused tensor for {left}."
+                )
+
+
+def _titan_name(name: ExpertName) -> str:
+    return TITAN_NAMES[name.projection].format(layer=titan_layer(name.layer_path))
+
+
+def _namer(checkpoint: Checkpoint, dialect: str, config: Mapping[str, Any] | None) -> _Namer:
+    has_stacks = any(isinstance(tensor.name, ExpertName) for tensor in checkpoint.tensors)
+    same = checkpoint.dialect == dialect
+    if same and dialect == TITAN:
+        return _Kept(checkpoint)
+    if same and not has_stacks:
+        return _Namer(checkpoint)
+    found = config if config is not None else checkpoint.model_config
+    if found is None:
+        raise UsageError(
+            f"The source has {checkpoint.dialect} names, the target {dialect}'s, and the checkpoint does "
+            "not say which model it is. Pass --config with the model's config.json."
+        )
+    family = family_of(found)
+    if dialect == TITAN:
+        if not family.torchtitan:
+            raise UsageError(f"torchtitan's names for the family {family.name} are not known.")
+        return _Titan(to_hub(checkpoint, family), family, dialect)
+    if same:
+        return _Fused(checkpoint, family, same=True)
+    return _Fused(to_hub(checkpoint, family), family, same=False)

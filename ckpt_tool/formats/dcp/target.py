@@ -1,0 +1,301 @@
+"""Writing DCP without a process group: what each rank of a run would have saved, laid out from metadata.
+
+The chunk grid is the one of ``grid``; every rank's chunks are in its own file, so that a run of that
+topology reads each byte once and from one file. What ranks hold alike (buffers, ``step``, objects) is in
+rank 0's. Any other topology loads the directory as well; torch's loader cuts chunks as it needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ckpt_tool.canonical import WEIGHT, Checkpoint, DType, Role, Tensor
+from ckpt_tool.containers.torch_zip import torch_file
+from ckpt_tool.errors import UsageError
+from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.dcp.experts import is_stacked
+from ckpt_tool.formats.dcp.files import (
+    Item,
+    LazyFiles,
+    Maker,
+    Placement,
+    dcp_directory,
+    given,
+    sharded_model,
+)
+from ckpt_tool.formats.dcp.grid import GridChunk, dense_grid, expert_grid
+from ckpt_tool.formats.dcp.keys import Scheme
+from ckpt_tool.formats.dcp.like import like_layout
+from ckpt_tool.formats.dcp.names import TITAN, Styled, dialect_of, styled
+from ckpt_tool.formats.dcp.options import merged_groups
+from ckpt_tool.formats.dcp.reader import Hint
+from ckpt_tool.layout import Layout, TargetFile
+
+SCHEMES: Mapping[str, Scheme] = {
+    "torchtitan": Scheme("torchtitan", (), ("optimizer",), flat=True),
+    "accelerate": Scheme(
+        "accelerate",
+        ("model",),
+        ("optimizer",),
+        model_directory="pytorch_model_fsdp_0",
+        optimizer_directory="optimizer_0",
+    ),
+    "plain": Scheme("plain", ("model",), ("optimizer",)),
+    "transformers": Scheme("transformers", (), ("optimizer",), flat=True, shards=True),
+}
+
+
+def make_layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
+    """The files of the target; raises UsageError where the options do not make sense together."""
+    _check_options(checkpoint, options)
+    if options.like is not None:
+        return like_layout(checkpoint, options)
+    scheme = _scheme(checkpoint, options)
+    found = styled(checkpoint, dialect_of(_dialect_style(checkpoint, scheme)), options.config)
+    if options.weights_only:
+        _drop_optimizer(found)
+    world, ep = _topology(checkpoint, options)
+    builder = _Builder(checkpoint, options, scheme, found, world, ep)
+    return builder.layout()
+
+
+def _check_options(checkpoint: Checkpoint, options: TargetOptions) -> None:
+    if options.dtype is not None and not options.weights_only:
+        raise UsageError(
+            "FSDP2 trains from the fp32 parameters and casts them itself; --dtype applies to DCP only "
+            "together with --weights-only."
+        )
+    if options.like is not None:
+        if not isinstance(options.like.layout_hint, Hint):
+            raise UsageError(
+                f"--like {options.like.root} is a {options.like.format} checkpoint; for --to dcp it must "
+                "be a DCP checkpoint that the target run saved itself."
+            )
+        if options.world or options.ep or options.style:
+            raise UsageError("--like says it all; leave out --world, --ep and --style.")
+    if options.style is not None and options.style not in SCHEMES:
+        raise UsageError(f"--style {options.style!r} is not one of {', '.join(SCHEMES)}.")
+    if checkpoint.dialect == "hub" and not options.weights_only and _has_optimizer(checkpoint):
+        raise UsageError("A checkpoint with published names and optimizer state cannot be written as DCP.")
+
+
+def _has_optimizer(checkpoint: Checkpoint) -> bool:
+    return any(tensor.state != WEIGHT for tensor in checkpoint.tensors)
+
+
+def _scheme(checkpoint: Checkpoint, options: TargetOptions) -> Scheme:
+    """The style asked for; else the source's own, else plain."""
+    if options.style is not None:
+        return SCHEMES[options.style]
+    hint = checkpoint.layout_hint
+    return hint.scheme if isinstance(hint, Hint) else SCHEMES["plain"]
+
+
+def _dialect_style(checkpoint: Checkpoint, scheme: Scheme) -> str:
+    """A plain save of a torchtitan model keeps its names."""
+    if scheme.style == "plain" and checkpoint.dialect == TITAN:
+        return TITAN
+    return scheme.style
+
+
+def _drop_optimizer(found: Styled) -> None:
+    for name, state in list(found.tensors):
+        if state != WEIGHT:
+            tensor = found.tensors.pop((name, state))
+            found.left_out[tensor.label()] = "--weights-only"
+    found.scalars.clear()
+    found.groups.clear()
+
+
+def _topology(checkpoint: Checkpoint, options: TargetOptions) -> tuple[int, int]:
+    world = options.world or checkpoint.topology.world_size or 1
+    ep = options.ep
+    if ep is None:
+        known = checkpoint.topology.ep_size or 1
+        ep = known if world % known == 0 else 1
+    if world < 1 or ep < 1 or world % ep:
+        raise UsageError(f"--world {world} is not a multiple of --ep {ep}.")
+    return world, ep
+
+
+class _Builder:
+    """Items with their chunks, and from them the files."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: TargetOptions,
+        scheme: Scheme,
+        found: Styled,
+        world: int,
+        ep: int,
+    ) -> None:
+        self._checkpoint, self._options, self._scheme, self._found = checkpoint, options, scheme, found
+        self._world, self._ep = world, ep
+        self._files: list[Maker] = []
+        self._metadata: list[Maker] = []
+        self._notes = list(checkpoint.notes)
+        if checkpoint.training.scheduler is not None and not isinstance(checkpoint.layout_hint, Hint):
+            self._notes.append(
+                "The scheduler's state is left out: it belongs to another engine's scheduler. The groups "
+                "carry the learning rate of the last step; start yours at this step."
+            )
+        if ep > 1 and not any(is_stacked(name, tensor.shape) for name, tensor in found.model()):
+            raise UsageError(f"--ep {ep}: this checkpoint has no stacks of experts to distribute.")
+
+    def layout(self) -> Layout:
+        model, others = self._model_items(), self._other_items()
+        scheme = self._scheme
+        self._files += map(given, self._beside())
+        if scheme.shards:
+            self._files += sharded_model(model, map(self._shard, range(self._world)))
+            if others:
+                self._add_directory(scheme.optimizer_directory, others)
+        elif scheme.model_directory == scheme.optimizer_directory or not others:
+            self._add_directory(scheme.model_directory, [*model, *others])
+        else:
+            self._add_directory(scheme.model_directory, model)
+            self._add_directory(scheme.optimizer_directory, others)
+        # A directory without metadata is an unfinished one to every loader: it is written last.
+        files = LazyFiles([*self._files, *self._metadata])
+        # Every tensor of the source is in an item or left out (names.styled), every item in its chunks.
+        return Layout(files, (), self._found.left_out, tuple(self._notes))
+
+    def _add_directory(self, directory: str, items: Sequence[Item]) -> None:
+        files, metadata = dcp_directory(
+            directory, items, [rank_file(directory, rank) for rank in range(self._world)]
+        )
+        self._files += files
+        self._metadata.append(metadata)
+
+    def _shard(self, rank: int) -> str:
+        directory = self._scheme.model_directory
+        name = f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+        return f"{directory}/{name}" if directory else name
+
+    # ---- items
+
+    def _model_items(self) -> list[Item]:
+        found, scheme = self._found, self._scheme
+        tensors = dict(found.model())
+        for alias, name in found.aliases.items():
+            if alias not in tensors and name in tensors:
+                tensors[alias] = tensors[name]  # FSDP2 saves tied weights under both names
+        items = []
+        for name, tensor in tensors.items():
+            key, path = (name, (name,)) if scheme.shards else scheme.model_key(name)
+            items.append(self._item(key, path, name, tensor, scheme.model_directory, self._dtype(tensor)))
+        return items
+
+    def _dtype(self, tensor: Tensor) -> DType | None:
+        wanted = self._options.dtype
+        return wanted if wanted is not None and tensor.dtype.is_float else None
+
+    def _other_items(self) -> list[Item]:
+        scheme, found = self._scheme, self._found
+        directory = scheme.optimizer_directory
+        items = []
+        for (name, state), tensor in found.tensors.items():
+            if state != WEIGHT:
+                key, path = scheme.state_key(name, state)
+                items.append(self._item(key, path, name, tensor, directory, None))
+        first = rank_file(directory, 0)
+        for (name, state), scalar in found.scalars.items():
+            key, path = scheme.state_key(name, state)
+            items.append(Item(key, path, scalar, (Placement(first, (), ()),)))
+        for key, path, value in [*self._group_entries(), *self._objects()]:
+            items.append(Item(key, path, value, (Placement(first, (), ()),)))
+        return items
+
+    def _item(
+        self,
+        key: str,
+        path: tuple[str | int, ...],
+        name: str,
+        tensor: Tensor,
+        directory: str,
+        dtype: DType | None,
+    ) -> Item:
+        def place(chunk: GridChunk) -> Placement:
+            shards = self._scheme.shards and directory == self._scheme.model_directory and key == name
+            file = self._shard(chunk.rank) if shards else rank_file(directory, chunk.rank)
+            return Placement(file, chunk.offsets, chunk.sizes)
+
+        places = tuple(place(chunk) for chunk in self._grid(name, tensor))
+        return Item(key, path, tensor, places, dtype)
+
+    def _grid(self, name: str, tensor: Tensor) -> list[GridChunk]:
+        shape = tensor.shape
+        role = self._found.roles.get(self._found.aliases.get(name, name), Role.PARAMETER)
+        if role is Role.BUFFER or not shape:
+            return [GridChunk(0, (0,) * len(shape), shape)]
+        titan = self._scheme.style == TITAN
+        if not is_stacked(name, shape) or (self._ep == 1 and not titan):
+            return dense_grid(shape, self._world)
+        rows = titan and self._world > shape[0]
+        grid = expert_grid(shape, self._world, self._ep, rows=rows)
+        if grid is None:
+            efsdp = self._world // self._ep
+            raise UsageError(
+                f"{name} of shape {list(shape)} cannot be sharded over world {self._world}, EP {self._ep}: "
+                + (
+                    f"{shape[0]} experts do not divide by {self._ep}."
+                    if shape[0] % self._ep
+                    else f"FSDP2 cuts dimension 1 evenly only; {shape[1]} does not divide by {efsdp}."
+                )
+            )
+        return grid
+
+    # ---- parameter groups and objects
+
+    def _group_entries(self) -> Iterable[tuple[str, tuple[str | int, ...], Any]]:
+        scheme = self._scheme
+        own = isinstance(self._checkpoint.layout_hint, Hint)
+        order = [name for name, _ in self._found.model()]
+        groups = merged_groups(self._found.groups, order, merge=not own)
+        for number, (options, names) in enumerate(groups):
+            if scheme.flat:
+                for name in names:
+                    for option, value in options.items():
+                        yield (*scheme.group_key(name, option), value)
+                continue
+            for option, value in options.items():
+                yield (*scheme.group_key(number, option), value)
+            yield (*scheme.group_key(number, "params"), names)
+
+    def _objects(self) -> list[tuple[str, tuple[str | int, ...], Any]]:
+        """A DCP source's own objects; for torchtitan the counters it insists on."""
+        hint, training = self._checkpoint.layout_hint, self._checkpoint.training
+        objects: dict[str, Any] = {}
+        if isinstance(hint, Hint) and not self._options.weights_only:
+            objects = {
+                key: value
+                for key, value in hint.sorted.others.items()
+                if not key.startswith("dataloader") or self._world == self._checkpoint.topology.world_size
+            }
+            if len(objects) < len(hint.sorted.others):
+                self._notes.append(
+                    "The dataloader's state is left out: it belongs to another number of ranks. For "
+                    "torchtitan, load with --checkpoint.exclude_from_loading dataloader."
+                )
+        if self._scheme.style == TITAN and not self._options.weights_only and training.step is not None:
+            objects.setdefault("train_state.step", training.step)
+            if "train_state.ntokens_seen" not in objects:
+                objects["train_state.ntokens_seen"] = 0
+                self._notes.append("train_state.ntokens_seen is not known and starts from 0.")
+            if not any(key.startswith("lr_scheduler") for key in objects):
+                objects["lr_scheduler.last_epoch"] = training.step
+        return [(key, tuple(key.split(".", 1)), value) for key, value in objects.items()]
+
+    def _beside(self) -> list[TargetFile]:
+        """accelerate's scheduler file, where the source's is torch's."""
+        scheduler = self._checkpoint.training.scheduler
+        torchs = isinstance(scheduler, dict) and "last_epoch" in scheduler
+        if self._scheme.style != "accelerate" or self._options.weights_only or not torchs:
+            return []
+        return [torch_file("scheduler.bin", scheduler)]
+
+
+def rank_file(directory: str, rank: int) -> str:
+    return f"{directory}/__{rank}_0.distcp" if directory else f"__{rank}_0.distcp"

@@ -1,0 +1,211 @@
+"""Written DCP checkpoints: values, grids and files, against torch's own loader and real saves."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+from ckpt_tool.canonical import DType
+from ckpt_tool.formats.dcp.grid import GridChunk, dense_grid, expert_grid, spans
+
+from .dcp_tools import CHECKPOINTS, FIXTURES, assert_equal_to_oracle, convert, oracle, read, write
+
+TARGETS: list[tuple[str, dict[str, Any]]] = [
+    ("titan_w4e2", {"world": 1, "ep": 1}),
+    ("titan_w4e2", {"world": 3, "ep": 1}),
+    ("titan_w4e2", {"world": 4, "ep": 4}),
+    ("titan_w4e2", {"world": 8, "ep": 2}),
+    ("titan_w4e2", {"style": "plain"}),
+    ("titan_old_w2", {"world": 4, "ep": 2}),
+    ("mixtral_accelerate_w2", {"world": 3}),
+    ("mixtral_accelerate_w2", {"world": 4, "ep": 2, "style": "transformers"}),
+    ("mixtral_accelerate_w2", {"world": 2, "style": "plain"}),
+    ("qwen3_moe_transformers_w2e2", {"world": 4, "ep": 4}),
+    ("qwen3_moe_transformers_w2e2", {"world": 3, "ep": 1, "style": "accelerate"}),
+    ("dense_tied_w3", {"world": 2, "style": "accelerate"}),
+    ("dense_tied_w3", {"world": 50}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), TARGETS, ids=lambda value: str(value))
+def test_values_and_states_survive(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    convert(CHECKPOINTS[name], tmp_path / "out", **options)
+    reader, checkpoint = read(tmp_path / "out")
+    assert_equal_to_oracle(reader, checkpoint, FIXTURES / name / "oracle")
+    if "world" in options:
+        assert checkpoint.topology.world_size == options["world"]
+    assert checkpoint.training.step == 2
+
+
+def _template(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_torchs_own_loader_reads_it(world: int, tmp_path: Path) -> None:
+    convert(CHECKPOINTS["titan_w4e2"], tmp_path / "out", world=world, ep=1)
+    truth = oracle(FIXTURES / "titan_w4e2" / "oracle")
+    weights = {name: value for (name, state), value in truth.items() if state == "weight"}
+    moments = {f"state.{name}.{state}": v for (name, state), v in truth.items() if state != "weight"}
+    state: dict[str, Any] = {**_template(weights), "optimizer": _template(moments)}
+    state["optimizer"]["param_groups.norm.weight.lr"] = 0.0
+    state["train_state"] = {"step": 0}
+    dcp.load(state, checkpoint_id=tmp_path / "out", no_dist=True)
+    assert all(torch.equal(state[name], value) for name, value in weights.items())
+    assert all(torch.equal(state["optimizer"][name], value) for name, value in moments.items())
+    assert state["optimizer"]["param_groups.norm.weight.lr"] == 0.01
+    assert state["train_state"] == {"step": 2}
+
+
+def test_torchs_hugging_face_reader_reads_shards(tmp_path: Path) -> None:
+    convert(CHECKPOINTS["mixtral_accelerate_w2"], tmp_path / "out", world=3, ep=1, style="transformers")
+    truth = oracle(FIXTURES / "mixtral_accelerate_w2" / "oracle")
+    weights = {name: value for (name, state), value in truth.items() if state == "weight"}
+    state = _template(weights)
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(tmp_path / "out")), no_dist=True)
+    assert all(torch.equal(state[name], value) for name, value in weights.items())
+
+
+def _grid(path: Path) -> dict[str, set[tuple[str, tuple[int, ...], tuple[int, ...]]]]:
+    """key -> (file, offsets, sizes) as torch reads them."""
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    files = {(i.fqn, i.offset): info.relative_path for i, info in metadata.storage_data.items()}
+    return {
+        key: {(files[key, c.offsets], tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks}
+        for key, entry in metadata.state_dict_metadata.items()
+        if hasattr(entry, "chunks") and len(entry.size)
+    }
+
+
+def test_grid_is_that_of_a_real_save(tmp_path: Path) -> None:
+    """Back to the topology the run had, over another one: chunks and owners as the run wrote them."""
+    convert(CHECKPOINTS["titan_w4e2"], tmp_path / "three", world=3, ep=1)
+    convert(tmp_path / "three", tmp_path / "four", world=4, ep=2)
+    real, ours = _grid(CHECKPOINTS["titan_w4e2"]), _grid(tmp_path / "four")
+    assert real.keys() == ours.keys()
+    for key, chunks in real.items():
+        if "expert_bias" not in key:  # replicated: the run balances who writes it
+            assert {c for c in chunks if 0 not in c[2]} == {c for c in ours[key] if 0 not in c[2]}, key
+
+
+def test_paths_are_those_of_a_real_save(tmp_path: Path) -> None:
+    for name in ("titan_w4e2", "dense_tied_w3"):
+        convert(CHECKPOINTS[name], tmp_path / name)
+        real = pickle.loads((CHECKPOINTS[name] / ".metadata").read_bytes())
+        ours = pickle.loads((tmp_path / name / ".metadata").read_bytes())
+        missing = {
+            key: path for key, path in real.planner_data.items() if ours.planner_data.get(key) != path
+        }
+        assert missing == {}
+        assert all("initial_lr" in key for key in ours.planner_data.keys() - real.planner_data.keys())
+
+
+def test_template_gives_keys_files_and_chunks(tmp_path: Path) -> None:
+    convert(CHECKPOINTS["titan_w4e2"], tmp_path / "three", world=3, ep=1)
+    reader, checkpoint = read(tmp_path / "three")
+    _, template = read(CHECKPOINTS["titan_w4e2"])
+    write(checkpoint, reader, tmp_path / "out", like=template)
+    assert _grid(tmp_path / "out") == _grid(CHECKPOINTS["titan_w4e2"])
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        p.name for p in CHECKPOINTS["titan_w4e2"].iterdir()
+    }
+    reader, written = read(tmp_path / "out")
+    assert_equal_to_oracle(reader, written, FIXTURES / "titan_w4e2" / "oracle")
+    assert written.training == template.training
+
+
+def test_template_of_another_framework(tmp_path: Path) -> None:
+    convert(
+        CHECKPOINTS["mixtral_accelerate_w2"], tmp_path / "template", world=4, ep=2, style="transformers"
+    )
+    reader, checkpoint = read(CHECKPOINTS["mixtral_accelerate_w2"])
+    _, template = read(tmp_path / "template")
+    write(checkpoint, reader, tmp_path / "out", like=template)
+    reader, written = read(tmp_path / "out")
+    assert_equal_to_oracle(reader, written, FIXTURES / "mixtral_accelerate_w2" / "oracle")
+    assert written.layout_hint.scheme == template.layout_hint.scheme
+
+
+def test_metadata_is_the_last_file(tmp_path: Path) -> None:
+    layout = convert(CHECKPOINTS["mixtral_accelerate_w2"], tmp_path / "out", world=2)
+    names = [file.path for file in layout.files]
+    assert sorted(names[-2:]) == ["optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata"]
+    assert "scheduler.bin" in names
+
+
+def test_every_rank_has_a_file(tmp_path: Path) -> None:
+    convert(CHECKPOINTS["dense_tied_w3"], tmp_path / "out", world=50)
+    assert len(list((tmp_path / "out").glob("__*_0.distcp"))) == 50
+
+
+def test_bytes_are_deterministic(tmp_path: Path) -> None:
+    digests = []
+    for name in ("a", "b"):
+        convert(CHECKPOINTS["titan_w4e2"], tmp_path / name, world=3, ep=1)
+        files = sorted((tmp_path / name).iterdir())
+        digests.append([(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files])
+    assert digests[0] == digests[1]
+
+
+def test_weights_only_in_another_precision(tmp_path: Path) -> None:
+    convert(CHECKPOINTS["titan_w4e2"], tmp_path / "out", weights_only=True, dtype=DType.bfloat16)
+    _, checkpoint = read(tmp_path / "out")
+    truth = oracle(FIXTURES / "titan_w4e2" / "oracle")
+    assert {tensor.state for tensor in checkpoint.tensors} == {"weight"}
+    value = truth["norm.weight", "weight"].bfloat16()
+    state = {"norm.weight": torch.zeros_like(value)}
+    dcp.load(state, checkpoint_id=tmp_path / "out", no_dist=True)
+    assert torch.equal(state["norm.weight"], value)
+
+
+def test_archives_carry_their_crc(tmp_path: Path) -> None:
+    convert(CHECKPOINTS["titan_w4e2"], tmp_path / "out", world=2, ep=1)
+    _, checkpoint = read(tmp_path / "out")
+    _, source = read(CHECKPOINTS["titan_w4e2"])
+    parts = checkpoint.layout_hint.sorted.model["layers.0.moe.expert_bias_E"].parts
+    assert parts[0].crc == source.layout_hint.sorted.model["layers.0.moe.expert_bias_E"].parts[0].crc
+
+
+# ---- grids
+
+
+def _covers(grid: list[GridChunk], shape: tuple[int, ...]) -> bool:
+    seen = torch.zeros(shape, dtype=torch.int32)
+    for chunk in grid:
+        seen[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))] += 1
+    return bool((seen == 1).all()) and len({chunk.offsets for chunk in grid}) == len(grid)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 12))
+def test_dense_grids_tile(shape: list[int], world: int) -> None:
+    grid = dense_grid(tuple(shape), world)
+    assert _covers(grid, tuple(shape))
+    assert all(chunk.rank < world for chunk in grid)
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 6), st.integers(1, 4), st.booleans())
+def test_expert_grids_tile(each: int, ep: int, height: int, efsdp: int, rows: bool) -> None:
+    shape = (each * ep, height * efsdp if rows else height, 3)
+    grid = expert_grid(shape, ep * efsdp, ep, rows=rows)
+    assert grid is not None
+    assert _covers(grid, shape)
+
+
+@given(st.integers(0, 40), st.integers(1, 12))
+def test_spans_are_torchs_chunks(count: int, parts: int) -> None:
+    expected = [len(part) for part in torch.arange(count).chunk(parts)] if count else []
+    sizes = [size for _, size in spans(count, parts)]
+    assert [size for size in sizes if size] == expected
+    assert sum(sizes) == count
+    assert len(sizes) == parts
+    assert math.prod(sizes) >= 0
