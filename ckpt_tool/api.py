@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,27 +22,34 @@ import xxhash
 
 from ckpt_tool import __version__
 from ckpt_tool.canonical import Checkpoint, DType
-from ckpt_tool.commit import MANIFEST, Staging, read_manifest
+from ckpt_tool.commit import MANIFEST, Staging, occupied, read_manifest
 from ckpt_tool.comparison import Verdict, check, check_replicas, compare
+from ckpt_tool.duplicates import Copies, find_copies
 from ckpt_tool.errors import ExecutionError, MismatchError, UnreadableError, UsageError
 from ckpt_tool.execute.budget import MIB, Budget
 from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Meter, Silent
+from ckpt_tool.families import family_of
+from ckpt_tool.families.autoep import to_autoep
 from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.hf.quantised import refuse_unreadable
 from ckpt_tool.formats.registry import TARGETS, locate, open_checkpoint
 from ckpt_tool.plan import Plan, make_plan
 from ckpt_tool.storage import LocalReader, LocalWriter, Reader
 
 PathLike = str | os.PathLike[str]
 
+# Targets with the names of a DeepSpeed run's modules.
+_DEEPSPEED = frozenset({"universal", "zero3", "zero2", "zero1"})
 # Targets that are the same at any topology.
 _WITHOUT_RANKS = frozenset({"universal", "hf"})
 
 DEFAULT_MAX_MEMORY = 1024 * MIB
 # Beside its weights, what a published model directory consists of.
-_CARRIED_OVER = tuple(
-    "generation_config.json tokenizer special_tokens_map.json added_tokens.json vocab merges.txt "
-    "chat_template preprocessor_config.json spiece.model".split()
+_CARRIED_OVER = re.compile(
+    r"(README|LICEN[CS]E|NOTICE|USE_POLICY|tokenizer|vocab|audio|image_processor|chat_template)"
+    r"|(configuration|modeling|tokenization)_\w+\.py$|.*\.(tiktoken|model|spm|jinja)$|merges\.txt$"
+    r"|(generation_config|special_tokens_map|added_tokens|(pre|video_pre)?processor_config|params)\.json$"
 )
 
 
@@ -124,7 +132,8 @@ def convert(
         ds_config: a DeepSpeed config (JSON) that supplies what the source does not say.
         max_shard_bytes: largest safetensors file.
         keep_groups: write the source's optimizer group settings into a Universal checkpoint.
-        verify: compare the result with the source, bit for bit, before it is published.
+        verify: check the source's own checksums first, and compare the result with it, bit for bit, before
+            it is published.
         dry_run: plan and check everything, write nothing.
 
     Raises:
@@ -136,16 +145,20 @@ def convert(
     budget = how.budget()
     reader, checkpoint = open_checkpoint(Path(source))
     try:
-        model_config, extra = _config(Path(source), config) if to == "hf" else (None, {})
+        model_config, extra = _config(Path(source), config)
+        template = open(like) if like is not None else None
+        refuse_unreadable(checkpoint.tensors)
+        if to in _DEEPSPEED:
+            checkpoint = _under_module_names(checkpoint, model_config, template)
         options = TargetOptions(
             dtype=parse_dtype(dtype),
             config=model_config,
             max_shard_bytes=max_shard_bytes,
-            extra_files=extra,
+            extra_files=extra if to == "hf" else {},
             keep_groups=keep_groups,
             world=world,
             ep=ep,
-            like=open(like) if like is not None else None,
+            like=template,
             style=style,
             ds_config=_read_json(Path(ds_config)) if ds_config is not None else None,
             weights_only=weights_only,
@@ -154,8 +167,10 @@ def convert(
         plan = make_plan(layout)
         destination = Path(os.path.abspath(target))  # noqa: PTH100 (keep symlinks as the user wrote them)
         verdict = None
+        _refuse_own_source(Path(reader.root), destination)
+        if dry_run and not how.overwrite and occupied(destination):
+            raise UsageError(f"{destination} exists. Choose another destination, or pass --overwrite.")
         if not dry_run:
-            _refuse_own_source(Path(reader.root), destination)
             check_replicas(checkpoint, reader, budget)
             verdict = _carry_out(plan, reader, checkpoint, destination, to, options, how, budget, verify)
     finally:
@@ -238,6 +253,16 @@ def consolidate(
     )
 
 
+def find_copied_experts(source: PathLike, *, how: Execution | None = None) -> list[Copies]:
+    """Experts of a layer that are bit for bit equal: the mark of ranks that overwrote each other's."""
+    how = how or Execution()
+    reader, checkpoint = open_checkpoint(Path(source))
+    try:
+        return find_copies(checkpoint, reader, how.budget(), how.meter)
+    finally:
+        reader.close()
+
+
 def verify(
     a: PathLike,
     b: PathLike | None = None,
@@ -292,6 +317,8 @@ def _carry_out(
     budget: Budget,
     verify_result: bool,
 ) -> Verdict | None:
+    if verify_result:
+        _verify_source(reader, checkpoint, budget)
     staging = Staging(
         destination,
         _identity(plan, checkpoint, to, options),
@@ -315,14 +342,25 @@ def _carry_out(
             kept = checkpoint.select(
                 tensor for tensor in checkpoint.tensors if tensor.label() not in plan.layout.left_out
             )
-            verdict = _verify_result(staging.path, reader, kept, options, budget, how)
+            verdict = _verify_result(plan, staging.path, reader, kept, options, budget, how)
         staging.publish()
     finally:
         staging.close()
     return verdict
 
 
+def _verify_source(reader: Reader, checkpoint: Checkpoint, budget: Budget) -> None:
+    """Damage in the source would be copied faithfully; its archives' CRCs tell."""
+    verdict = check(checkpoint, reader, None, reader, budget, meter=Silent())
+    if not verdict.passed:
+        raise UnreadableError(
+            f"The source is damaged: {verdict.differences[0].message} ({len(verdict.differences)} in all). "
+            "Copy it again from where it was saved."
+        )
+
+
 def _verify_result(
+    plan: Plan,
     path: Path,
     reader: Reader,
     checkpoint: Checkpoint,
@@ -338,7 +376,7 @@ def _verify_result(
             (reader, written_reader),
             budget,
             config=options.config,
-            rounded=options.dtype is not None,
+            rounded=options.dtype is not None or bool(plan.casts),
             meter=how.meter,
         )
     finally:
@@ -409,6 +447,27 @@ def _manifest_root(directory: Path) -> Path:
 # ---- the model's config
 
 
+def _under_module_names(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, like: Checkpoint | None
+) -> Checkpoint:
+    """A source of another engine under the names its parameters have in a DeepSpeed run.
+
+    That is AutoEP's module tree, unless a template shows that the run trains transformers' own.
+
+    Raises:
+        UsageError: the source does not say which model it is, and no config was given.
+    """
+    own = checkpoint.format.startswith("deepspeed")
+    if own or (like is not None and like.dialect == checkpoint.dialect):
+        return checkpoint
+    if config is None:
+        raise UsageError(
+            f"{checkpoint.root} is {checkpoint.format}, whose tensors have other names than a DeepSpeed "
+            "run's. Pass --config with the model's config.json, which tells the family."
+        )
+    return to_autoep(checkpoint, family_of(config))
+
+
 def _config(source: Path, given: PathLike | None) -> tuple[Mapping[str, Any] | None, dict[str, bytes]]:
     """The config to use, and the small files beside it that are carried over.
 
@@ -449,5 +508,5 @@ def _beside(directory: Path) -> dict[str, bytes]:
     return {
         entry.name: entry.read_bytes()
         for entry in sorted(directory.iterdir())
-        if entry.is_file() and entry.name.startswith(_CARRIED_OVER)
+        if entry.is_file() and _CARRIED_OVER.match(entry.name)
     }

@@ -60,6 +60,9 @@ class DType(Enum):
         return self.torch_name
 
 
+# What can be cast to one another.
+CASTABLE = frozenset({DType.float64, DType.float32, DType.float16, DType.bfloat16})
+
 # States. A checkpoint may carry others (``max_exp_avg_sq``, ``momentum_buffer``): any string is a state.
 WEIGHT = "weight"  # as stored for compute: frozen parameters, buffers, and model files
 MASTER = "master"  # the optimizer's fp32 copy, the truth while training

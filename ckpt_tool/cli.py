@@ -96,35 +96,56 @@ def inspect(
     experts: Annotated[
         bool, typer.Option("--experts", help="Which rank and file holds which expert.")
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Hash the experts and name those that are copies of each other."),
+    ] = False,
+    max_memory: MaxMemory = _MEMORY,
+    workers: Workers = None,
     json: Json = False,
 ) -> None:
-    """Say what a checkpoint is: format, topology, sizes, MoE layers, states. Reads metadata only."""
+    """Say what a checkpoint is: format, topology, sizes, experts, states. Reads metadata only."""
     from ckpt_tool import api, inspection, report
 
     checkpoint = api.open(src)
     found = inspection.overview(checkpoint)
     tensor_rows = inspection.tensor_rows(checkpoint, tensors) if tensors is not None else None
     expert_rows = inspection.expert_rows(checkpoint) if experts else None
+    copies: list[str] = []
+    if check:
+        with _progress("check", json) as progress:
+            how = _execution(max_memory, workers, True, False, progress)
+            copies = [found.message() for found in api.find_copied_experts(src, how=how)]
     if json:
         extra: dict[str, Any] = {}
         if tensor_rows is not None:
             extra["tensors"] = tensor_rows
         if expert_rows is not None:
             extra["experts"] = expert_rows
+        if check:
+            extra["copied_experts"] = copies
         report.print_json({**found, **extra})
-        return
+        raise typer.Exit(1 if copies else 0)
     report.print_fields(str(src), inspection.overview_lines(found))
     if tensor_rows is not None:
         report.print_table(*inspection.tensor_table(tensor_rows), right={"bytes"})
     if expert_rows is not None:
         report.print_table(*inspection.expert_table(expert_rows), right={"layer", "expert"})
+    for message in copies:
+        typer.echo(message)
+    if check and not copies:
+        typer.echo("No two experts of a layer are equal.")
+    if copies:
+        raise typer.Exit(1)
 
 
 @app.command()
 def convert(
     src: Source,
     dst: Destination,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="universal, zero3 or hf.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="universal, zero3, zero2, zero1, dcp or hf.")
+    ],
     ep: Ep = None,
     world: World = None,
     like: Like = None,
@@ -133,8 +154,14 @@ def convert(
         Path | None,
         typer.Option("--ds-config", help="A DeepSpeed config, for what the source does not say."),
     ] = None,
+    style: Annotated[
+        str | None,
+        typer.Option(
+            "--style", help="dcp: torchtitan, accelerate, plain or transformers. hf: hub or fused."
+        ),
+    ] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="DTYPE", help="keep, fp32, bf16 or fp16 (hf only).")
+        str, typer.Option("--dtype", metavar="DTYPE", help="keep, fp32, bf16 or fp16 (weights only).")
     ] = "keep",
     config: Config = None,
     max_shard_size: ShardSize = "5GB",
@@ -162,6 +189,7 @@ def convert(
             ep=ep,
             world=world,
             like=like,
+            style=style,
             weights_only=weights_only,
             ds_config=ds_config,
             dtype=dtype,
@@ -265,6 +293,29 @@ def verify(
     _print_verdict(verdict, json=json, quiet=quiet)
     if not verdict.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def families(json: Json = False) -> None:
+    """The model families known: how each stores its experts."""
+    from ckpt_tool import report
+    from ckpt_tool.families import families_rows
+
+    rows = families_rows()
+    if json:
+        report.print_json(rows)
+        return
+    columns = list(rows[0])
+    lines = [[_cell(row[column]) for column in columns] for row in rows]
+    report.print_table(f"{len(rows)} families", columns, lines, right=set())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 @app.command()
@@ -397,7 +448,6 @@ def main() -> None:
         _complain("this is a bug in ckpt-tool; please report it with the lines above")
         sys.exit(4)
     except KeyboardInterrupt:
-        _complain("interrupted; nothing was published")
         sys.exit(130)
 
 

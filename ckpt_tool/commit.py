@@ -45,7 +45,7 @@ class Staging:
         self._identity = dict(identity)
         self._fsync = fsync
         self._overwrite = overwrite
-        self._refuse_occupied()
+        self._refuseoccupied()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -53,8 +53,8 @@ class Staging:
         self._journal = os.open(self.path / _JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self.done = self._take_over()
 
-    def _refuse_occupied(self) -> None:
-        if not self._overwrite and _occupied(self.target):
+    def _refuseoccupied(self) -> None:
+        if not self._overwrite and occupied(self.target):
             raise UsageError(
                 f"{self.target} exists. Choose another destination, or pass --overwrite to replace it."
             )
@@ -116,13 +116,13 @@ class Staging:
         if self._fsync:
             with (self.path / MANIFEST).open("rb") as written:
                 os.fsync(written.fileno())
-        self._refuse_occupied()
+        self._refuseoccupied()
         (self.path / _JOURNAL).unlink()
         if self._fsync:
             for directory, _, _ in os.walk(self.path):
                 sync_directory(directory)
         old = self.target.parent / f".{self.target.name}.ckpt-tool-replaced"
-        if _occupied(self.target):
+        if occupied(self.target):
             shutil.rmtree(old, ignore_errors=True)
             self.target.rename(old)
         elif self.target.is_dir():
@@ -139,7 +139,8 @@ class Staging:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _occupied(path: Path) -> bool:
+def occupied(path: Path) -> bool:
+    """Whether a result would replace something at ``path``: anything but an empty directory."""
     if path.is_dir() and not path.is_symlink():
         return any(path.iterdir())
     return path.exists() or path.is_symlink()

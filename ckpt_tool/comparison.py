@@ -18,7 +18,7 @@ from isal import isal_zlib
 
 from ckpt_tool.canonical import MASTER, WEIGHT, Box, Checkpoint, Region, Tensor, TensorName
 from ckpt_tool.commit import MANIFEST, Manifest
-from ckpt_tool.containers.decoded import DecodingReader
+from ckpt_tool.containers.decoded import DecodingReader, real_file
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import CkptToolError, MismatchError, UsageError
 from ckpt_tool.execute.budget import Budget
@@ -178,7 +178,7 @@ def _derived(
 
 
 def _home(tensor: Tensor) -> str:
-    return next((region.file for region in tensor.regions), "of no elements")
+    return next((real_file(region.file) for region in tensor.regions), "of no elements")
 
 
 def _form(pair: _Pair, rounded: bool) -> list[Difference]:
@@ -280,7 +280,7 @@ def _values(
 
 def file_of(tensor: Tensor, found: list[Piece], element: int) -> str:
     """The file that holds an element."""
-    return clip(tensor, found, element, 1)[0].file
+    return real_file(clip(tensor, found, element, 1)[0].file)
 
 
 class _Comparer:

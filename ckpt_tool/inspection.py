@@ -6,6 +6,7 @@ import fnmatch
 from typing import Any
 
 from ckpt_tool.canonical import Checkpoint, ExpertName, Role, Tensor
+from ckpt_tool.containers.decoded import real_file
 from ckpt_tool.geometry import pieces
 
 
@@ -57,7 +58,7 @@ def tensor_rows(checkpoint: Checkpoint, pattern: str) -> list[dict[str, Any]]:
     for tensor in checkpoint.tensors:
         if not _matches(tensor, pattern):
             continue
-        files = sorted({region.file for region in tensor.regions})
+        files = sorted({real_file(region.file) for region in tensor.regions})
         rows.append(
             {
                 "name": str(tensor.name),
@@ -103,7 +104,7 @@ def expert_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
                     "expert": expert,
                     "ep_rank": holders[0] if len(holders) == 1 else (holders or None),
                     "edp_ranks": ranks,
-                    "files": list(dict.fromkeys(run.file for run in found)),
+                    "files": list(dict.fromkeys(real_file(run.file) for run in found)),
                 }
             )
     return rows

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ckpt_tool.canonical import Regions, Tensor
-from ckpt_tool.errors import CkptToolError, CoverageError, UnreadableError
+from ckpt_tool.canonical import CASTABLE, Regions, Tensor
+from ckpt_tool.errors import CkptToolError, CoverageError, UnreadableError, UsageError
 from ckpt_tool.geometry import Piece, check_disjoint, pieces
 from ckpt_tool.layout import Fill, Layout, TargetFile
 
@@ -77,6 +77,11 @@ def make_plan(layout: Layout) -> Plan:
             used.setdefault(tensor.label(), _Ranges()).add(fill.start, fill.numel)
             if fill.dtype is not tensor.dtype:
                 label = tensor.label()
+                if not {tensor.dtype, fill.dtype} <= CASTABLE:
+                    raise UsageError(
+                        f"{label} is {tensor.dtype}; a cast to {fill.dtype} is not supported. Leave "
+                        "--dtype out, or choose another."
+                    )
                 casts[label] = Cast(label, str(tensor.dtype), str(fill.dtype))
     for tensor in layout.source:
         _check_use(tensor, used.get(tensor.label()), layout)

@@ -62,6 +62,8 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+        if kind is KeyboardInterrupt:
+            say("ckpt-tool: interrupted; nothing was published, and the same command goes on from here")
 
 
 def human_bytes(count: float) -> str:

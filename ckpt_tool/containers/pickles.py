@@ -1,12 +1,9 @@
-"""Pickles that run nothing: a restricted reader, and a writer for what it read.
+"""Reading pickles that run nothing.
 
-The reader turns a pickle into plain Python containers. Tensors become ``TensorRecord``: a
-description of where their bytes are. Objects of classes that real checkpoints contain become
-``Opaque`` stand-ins, which hold what the pickle said and can be written back under their own name;
-the class itself is never imported. A pickle that names anything else is refused with that name.
-
-Stand-ins cannot be changed by a pickle either: its BUILD opcode sets attributes on whatever it has
-pushed, so everything ``find_class`` hands out is immutable or made for one load only.
+A pickle becomes plain Python containers. Tensors become ``TensorRecord``, a description of where their
+bytes are; objects of classes that real checkpoints contain become ``Opaque`` stand-ins, which hold what the
+pickle said and can be written back (``pickle_writer``) under their own name. The classes are never
+imported. A pickle that names anything else is refused with that name.
 """
 
 from __future__ import annotations
@@ -14,29 +11,19 @@ from __future__ import annotations
 import collections
 import io
 import pickle
-import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from ckpt_tool.canonical import DType
+from ckpt_tool.containers.pickle_records import (
+    DTYPES,
+    STORAGES,
+    Named,
+    StorageRecord,
+    TensorRecord,
+    TorchSize,
+    stand_in,
+)
 from ckpt_tool.errors import UnreadableError, UnsafePickleError
-
-# torch/storage.py and torch/serialization.py of torch 2.13: the class named in a persistent id.
-_STORAGES = {
-    "DoubleStorage": DType.float64,
-    "FloatStorage": DType.float32,
-    "HalfStorage": DType.float16,
-    "BFloat16Storage": DType.bfloat16,
-    "LongStorage": DType.int64,
-    "IntStorage": DType.int32,
-    "ShortStorage": DType.int16,
-    "CharStorage": DType.int8,
-    "ByteStorage": DType.uint8,
-    "BoolStorage": DType.bool_,
-}
-_STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items()}
-_DTYPES = {dtype.torch_name: dtype for dtype in DType}
 
 # Classes and functions kept as stand-ins, with the reason each occurs in real checkpoints.
 _OPAQUE = frozenset(
@@ -71,151 +58,6 @@ _OPAQUE = frozenset(
 _TYPES: Mapping[str, type] = {
     kind.__name__: kind for kind in (list, dict, set, tuple, int, float, str, bool, bytes, complex)
 }
-
-
-def _inert(self: object, state: Any) -> None:
-    """A pickle's BUILD opcode calls __setstate__; what is checked once must not change afterwards.
-
-    Assigned in every class body below, because a frozen dataclass with slots gets its own otherwise.
-    """
-    raise ValueError(f"state set on a {type(self).__name__}")
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A global that is data: a dtype such as ``torch.float16``, a storage class, ``builtins.list``."""
-
-    module: str
-    name: str
-    __setstate__ = _inert
-
-
-def has_storage(dtype: DType) -> bool:
-    """Whether torch has a storage class for a dtype."""
-    return dtype in _STORAGE_OF
-
-
-@dataclass(frozen=True, slots=True)
-class StorageRecord:
-    """A storage: the archive record ``data/<key>`` of ``numel`` elements."""
-
-    key: str
-    dtype: DType | None  # None: an untyped storage, whose numel counts bytes
-    numel: int
-    __setstate__ = _inert
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
-    """A tensor in a torch archive: a strided view of a storage. Offsets and strides count elements.
-
-    ``attributes`` is the ``__dict__`` of a tensor that had one (DeepSpeed sets ``ds_id``).
-    """
-
-    storage: StorageRecord
-    dtype: DType
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    requires_grad: bool = False
-    attributes: Any = None
-    __setstate__ = _inert
-
-    @property
-    def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def is_contiguous(self) -> bool:
-        expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1 and stride != expected:
-                return self.numel == 0
-            expected *= size
-        return True
-
-
-class _Sealed(type):
-    """The metaclass of stand-ins: a pickle cannot set attributes on the class."""
-
-    def __setattr__(cls, name: str, value: Any) -> None:
-        raise AttributeError(name)
-
-
-class TorchSize(tuple[int, ...], metaclass=_Sealed):
-    """``torch.Size``: a tuple that is written back as what it was."""
-
-    __slots__ = ()
-
-
-class Opaque(metaclass=_Sealed):
-    """An object of a class that is not imported: its name, constructor arguments and state."""
-
-    module = ""
-    qualname = ""
-    args: tuple[Any, ...]
-    state: Any
-    __slots__ = ("args", "state")
-
-    def __new__(cls, *args: Any) -> Opaque:
-        instance = super().__new__(cls)
-        instance.args = args
-        instance.state = None
-        return instance
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Opaque)
-            and (self.module, self.qualname) == (other.module, other.qualname)
-            and (self.args, self.state) == (other.args, other.state)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"{self.module}.{self.qualname}{self.args!r}"
-
-
-def map_containers(value: Any, change: Callable[[Any], Any]) -> Any:
-    """``value`` with ``change`` applied to the members of its containers, stand-ins among them.
-
-    Members that ``change`` returns as they are stay the same objects.
-    """
-    if isinstance(value, dict):
-        copy = value.copy()
-        copy.update({key: change(item) for key, item in value.items()})
-        return copy
-    if type(value) in (list, tuple):
-        return type(value)(change(item) for item in value)
-    if isinstance(value, Opaque):
-        args = tuple(change(item) for item in value.args)
-        return opaque(value.module, value.qualname, *args, state=change(value.state))
-    return value
-
-
-def opaque(module: str, qualname: str, *args: Any, state: Any = None) -> Opaque:
-    """A stand-in to be written under ``module.qualname``, which nothing here imports."""
-    instance: Opaque = _stand_in(module, qualname)(*args)
-    instance.state = state
-    return instance
-
-
-_stand_ins: dict[tuple[str, str], _Sealed] = {}
-
-
-def _stand_in(module: str, qualname: str) -> Any:
-    key = (module, qualname)
-    if key not in _stand_ins:
-        _stand_ins[key] = _Sealed(
-            qualname, (Opaque,), {"__slots__": (), "module": module, "qualname": qualname}
-        )
-    return _stand_ins[key]
 
 
 class _Function:
@@ -265,7 +107,7 @@ def _rebuild_tensor_v3(
     return _checked(
         TensorRecord(
             StorageRecord(storage.key, None, storage.numel),
-            _DTYPES[dtype.name],
+            DTYPES[dtype.name],
             offset,
             tuple(size),
             tuple(stride),
@@ -393,7 +235,7 @@ class _Restricted(pickle.Unpickler):
             return self._extra[(module, name)]
         if (module, name) in _FUNCTIONS:
             return _FUNCTIONS[(module, name)]
-        if module == "torch" and (name in _STORAGES or name in _DTYPES or name == "Tensor"):
+        if module == "torch" and (name in STORAGES or name in DTYPES or name == "Tensor"):
             return Named(module, name)
         if (module, name) == ("torch.storage", "UntypedStorage"):
             return Named(module, name)
@@ -404,7 +246,7 @@ class _Restricted(pickle.Unpickler):
             if name in _TYPES:
                 return Named("builtins", name)
         if (module, name) in _OPAQUE:
-            return _stand_in(module, name)
+            return stand_in(module, name)
         raise UnsafePickleError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> StorageRecord:
@@ -413,13 +255,13 @@ class _Restricted(pickle.Unpickler):
         _, kind, key, _, numel = pid
         if not isinstance(kind, Named) or not isinstance(key, str) or type(numel) is not int:
             raise ValueError(f"persistent id {pid!r}")
-        return StorageRecord(key, _STORAGES.get(kind.name), numel)
+        return StorageRecord(key, STORAGES.get(kind.name), numel)
 
 
 def stand_ins(names: Mapping[str, str]) -> dict[tuple[str, str], Any]:
     """Stand-ins for classes of one kind of file: module -> names, with blanks between them."""
     return {
-        (module, name): _stand_in(module, name) for module, text in names.items() for name in text.split()
+        (module, name): stand_in(module, name) for module, text in names.items() for name in text.split()
     }
 
 
@@ -448,157 +290,3 @@ def loads(data: bytes, *, where: str, extra: Mapping[tuple[str, str], Any] | Non
         raise UnreadableError(
             f"{where}: its pickled metadata is damaged ({type(error).__name__}: {error})."
         ) from error
-
-
-def dumps(value: Any) -> bytes:
-    """A pickle (protocol 2, as ``torch.save`` writes) of what ``loads`` returns.
-
-    Deterministic: no memo, so equal values give equal bytes.
-
-    Raises:
-        TypeError: the value holds something that ``loads`` never returns.
-    """
-    out = bytearray(b"\x80\x02")
-    _write(out, value)
-    out += b"."
-    return bytes(out)
-
-
-def _write(out: bytearray, value: Any) -> None:
-    if value is None:
-        out += b"N"
-    elif value is True:
-        out += b"\x88"
-    elif value is False:
-        out += b"\x89"
-    elif isinstance(value, TensorRecord):
-        _write_tensor(out, value)
-    elif isinstance(value, Opaque):
-        _write_opaque(out, value)
-    elif isinstance(value, Named):
-        _write_global(out, value.module, value.name)
-    elif isinstance(value, _Sealed):  # a class as a value: numpy's _reconstruct is given one
-        _write_global(out, value.__dict__["module"], value.__dict__["qualname"])
-    elif isinstance(value, TorchSize):
-        _write_call(out, "torch", "Size", (tuple(value),))
-    else:
-        _write_plain(out, value)
-
-
-def _write_plain(out: bytearray, value: Any) -> None:
-    kind = type(value)
-    if kind is int:
-        out += _integer(value)
-    elif kind is float:
-        out += b"G" + struct.pack(">d", value)
-    elif kind is str:
-        data = value.encode("utf-8", "surrogatepass")
-        out += b"X" + struct.pack("<I", len(data)) + data
-    elif kind is bytes:
-        _write_call(out, "_codecs", "encode", (value.decode("latin1"), "latin1"))
-    elif kind is tuple:
-        out += b"("
-        for item in value:
-            _write(out, item)
-        out += b"t"
-    elif kind is list:
-        out += b"]("
-        for item in value:
-            _write(out, item)
-        out += b"e"
-    elif kind is dict:
-        out += b"}"
-        _write_items(out, value)
-    elif kind is collections.OrderedDict:
-        _write_call(out, "collections", "OrderedDict", ())
-        _write_items(out, value)
-    elif kind is collections.defaultdict:
-        factory = value.default_factory
-        named = None if factory is None else Named("builtins", factory.__name__)
-        _write_call(out, "collections", "defaultdict", (named,))
-        _write_items(out, value)
-    elif kind in (set, frozenset):
-        _write_call(out, "__builtin__", kind.__name__, (sorted(value, key=repr),))
-    elif kind in (complex, bytearray, slice, range):
-        _write_call(out, "__builtin__", kind.__name__, _constructor_arguments(value))
-    else:
-        raise TypeError(f"cannot write a {kind.__name__} into a checkpoint")
-
-
-def _constructor_arguments(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, complex):
-        return (value.real, value.imag)
-    if isinstance(value, bytearray):
-        return (bytes(value),)
-    return (value.start, value.stop, value.step)
-
-
-def _integer(value: int) -> bytes:
-    if -(2**31) <= value < 2**31:
-        return b"J" + struct.pack("<i", value)
-    data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
-    if len(data) < 256:
-        return b"\x8a" + bytes([len(data)]) + data
-    return b"\x8b" + struct.pack("<i", len(data)) + data
-
-
-def _write_items(out: bytearray, value: Mapping[Any, Any]) -> None:
-    out += b"("
-    for key, item in value.items():
-        _write(out, key)
-        _write(out, item)
-    out += b"u"
-
-
-def _write_global(out: bytearray, module: str, name: str) -> None:
-    out += f"c{module}\n{name}\n".encode()
-
-
-def _write_call(out: bytearray, module: str, name: str, args: tuple[Any, ...]) -> None:
-    _write_global(out, module, name)
-    _write(out, args)
-    out += b"R"
-
-
-def _write_opaque(out: bytearray, value: Opaque) -> None:
-    _write_global(out, value.module, value.qualname)
-    _write(out, value.args)
-    # Enums are called with their value; everything else is made by __new__, as pickle itself does.
-    out += b"R" if value.args else b"\x81"
-    if value.state is not None:
-        _write(out, value.state)
-        out += b"b"
-
-
-def _write_tensor(out: bytearray, value: TensorRecord) -> None:
-    storage = value.storage
-    untyped = storage.dtype is None
-    version = "_rebuild_tensor_v3" if untyped else "_rebuild_tensor_v2"
-    if value.attributes is not None:
-        _write_global(out, "torch._tensor", "_rebuild_from_type_v2")
-        out += b"("
-        _write_global(out, "torch._utils", version)
-        _write_global(out, "torch", "Tensor")
-    else:
-        _write_global(out, "torch._utils", version)
-    out += b"(("  # the arguments; the persistent id
-    _write(out, "storage")
-    if storage.dtype is None:
-        _write_global(out, "torch.storage", "UntypedStorage")
-    else:
-        _write_global(out, "torch", _STORAGE_OF[storage.dtype])
-    _write(out, storage.key)
-    _write(out, "cpu")
-    _write(out, storage.numel)
-    out += b"tQ"
-    for item in (value.offset, value.shape, value.stride, value.requires_grad):
-        _write(out, item)
-    _write_call(out, "collections", "OrderedDict", ())
-    if untyped:
-        _write_global(out, "torch", value.dtype.torch_name)
-    out += b"t"
-    if value.attributes is None:
-        out += b"R"
-    else:
-        _write(out, value.attributes)
-        out += b"tR"

@@ -18,8 +18,14 @@ from typing import Any
 import xxhash
 
 from ckpt_tool.canonical import DType, Region, SourceFile, Tensor, contiguous
-from ckpt_tool.containers import pickles
-from ckpt_tool.containers.pickles import Opaque, StorageRecord, TensorRecord
+from ckpt_tool.containers import pickle_writer, pickles
+from ckpt_tool.containers.pickle_records import (
+    Opaque,
+    StorageRecord,
+    TensorRecord,
+    has_storage,
+    map_containers,
+)
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.geometry import row_major
 from ckpt_tool.layout import CrcSlot, Fill, Literal, Slot, TargetFile, whole
@@ -141,7 +147,8 @@ class TorchArchive:
         start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if signature != b"PK\x03\x04" or start + info.file_size > self.size:
             raise UnreadableError(
-                f"{self.where}: record {name} is not where the directory says. The file is damaged."
+                f"{self.where}: record {name} is not where the directory says. The file is damaged; copy "
+                "it again from where it was saved."
             )
         return self._base + int(start)
 
@@ -184,7 +191,8 @@ class TorchArchive:
         if self._info(name).file_size != storage.numel * itemsize:
             raise UnreadableError(
                 f"{self.where}: record {name} has {self._info(name).file_size} bytes; its tensor "
-                f"needs {storage.numel * itemsize}. The file is damaged."
+                f"needs {storage.numel * itemsize}. The file is damaged; copy it again from where it was "
+                "saved."
             )
         return self.record_offset(name) + record.offset * record.dtype.itemsize
 
@@ -196,7 +204,7 @@ class TorchArchive:
         """``value`` with its tensors as ``Tensor``, so that they are streamed like all others."""
         if isinstance(value, TensorRecord):
             return self.tensor("client_state", "weight", value)
-        return pickles.map_containers(value, self.describe)
+        return map_containers(value, self.describe)
 
     def digest(self, value: Any) -> str:
         """A text equal for equal values; tensors compare by the CRC-32 of their storage."""
@@ -255,7 +263,7 @@ def torch_file(path: str, value: Any, *, zip64_limit: int = _ZIP64_LIMIT) -> Tar
     payloads: list[Slot | Inline | Flat] = []
     resolved = _resolve(value, payloads)
     builder = _ZipBuilder(zip64_limit)
-    builder.literal("archive/data.pkl", pickles.dumps(resolved))
+    builder.literal("archive/data.pkl", pickle_writer.dumps(resolved))
     builder.literal("archive/byteorder", b"little")
     for key, payload in enumerate(payloads):
         name = f"archive/data/{key}"
@@ -286,12 +294,12 @@ def _resolve(value: Any, payloads: list[Slot | Inline | Flat]) -> Any:
         )
     if isinstance(value, TensorRecord):
         raise TypeError("a tensor of another archive; give its Tensor")
-    return pickles.map_containers(value, lambda item: _resolve(item, payloads))
+    return map_containers(value, lambda item: _resolve(item, payloads))
 
 
 def _storage(key: str, dtype: DType, numel: int) -> StorageRecord:
     """torch has no storage class for its newer dtypes; those lie in untyped storages."""
-    if pickles.has_storage(dtype):
+    if has_storage(dtype):
         return StorageRecord(key, dtype, numel)
     return StorageRecord(key, None, numel * dtype.itemsize)
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckpt_tool.canonical import DType
+from ckpt_tool.canonical import CASTABLE, DType
 from ckpt_tool.errors import ExecutionError
 
 _BF16_NAN = 0x7FC0
+_BLOCK = 1 << 16  # elements
 
 
 def cast(data: memoryview, source: DType, out: memoryview, target: DType) -> None:
     """Fill ``out`` with the elements of ``data`` in another float dtype. ``data`` is used up.
 
     Raises:
-        ExecutionError: not both dtypes are floats of 16 or 32 bits.
+        ExecutionError: not both dtypes are ``CASTABLE``; the planner refuses that beforehand.
     """
     import numpy as np
 
@@ -29,13 +30,24 @@ def cast(data: memoryview, source: DType, out: memoryview, target: DType) -> Non
         wide = np.frombuffer(out, np.uint32)
         np.copyto(wide, np.frombuffer(data, np.uint16))
         wide <<= 16
-    elif {source, target} == {DType.float32, DType.float16}:
-        kinds = {DType.float32: np.float32, DType.float16: np.float16}
+    elif DType.bfloat16 not in (source, target) and {source, target} <= CASTABLE:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            values: Any = np.frombuffer(data, kinds[source])
-            np.copyto(np.frombuffer(out, kinds[target]), values, casting="same_kind")
+            values: Any = np.frombuffer(data, source.torch_name)
+            np.copyto(np.frombuffer(out, target.torch_name), values, casting="same_kind")
+    elif {source, target} <= CASTABLE:
+        _through_float32(data, source, out, target)
     else:
         raise ExecutionError(f"A cast from {source} to {target} is not supported.")
+
+
+def _through_float32(data: memoryview, source: DType, out: memoryview, target: DType) -> None:
+    """bfloat16 to or from a dtype other than float32, a small block at a time, as torch does it."""
+    block = memoryview(bytearray(_BLOCK * DType.float32.itemsize))
+    for start in range(0, len(data) // source.itemsize, _BLOCK):
+        count = min(_BLOCK, len(data) // source.itemsize - start)
+        middle = block[: count * DType.float32.itemsize]
+        cast(data[start * source.itemsize :][: count * source.itemsize], source, middle, DType.float32)
+        cast(middle, DType.float32, out[start * target.itemsize :][: count * target.itemsize], target)
 
 
 def _to_bfloat16(data: memoryview, out: memoryview) -> None:

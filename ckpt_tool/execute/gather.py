@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
 
 from ckpt_tool.canonical import Box, Region, Tensor
 from ckpt_tool.geometry import Piece, clip, row_major
 from ckpt_tool.storage import Reader
+
+_BLOCK = 64  # elements of each of the two dimensions of a transposition
 
 
 def gather(
@@ -83,10 +86,27 @@ def _gather_box(
         strides[dim] = step
         step *= box.counts[dim]
     first = sum(o * stride for o, stride in zip(box.origin, flat, strict=True)) - start
-    unit = np.dtype(f"V{itemsize}")
+    unit = np.dtype(f"u{itemsize}")
     moved = np.ndarray(box.counts, unit, scratch, 0, tuple(strides))
     targets = tuple(s * f * itemsize for s, f in zip(box.steps, flat, strict=True))
-    np.ndarray(box.counts, unit, buffer, first * itemsize, targets)[...] = moved
+    _copy(np.ndarray(box.counts, unit, buffer, first * itemsize, targets), moved)
+
+
+def _copy(target: Any, source: Any) -> None:
+    """Strided copy; where the two run along different dimensions, in blocks that stay in the cache."""
+    rank = target.ndim
+    along = (
+        [min(range(rank), key=lambda dim: array.strides[dim]) for array in (target, source)] if rank else []
+    )
+    if rank < 2 or along[0] == along[1]:
+        target[...] = source
+        return
+    index = [slice(None)] * rank
+    for row in range(0, target.shape[along[0]], _BLOCK):
+        index[along[0]] = slice(row, row + _BLOCK)
+        for column in range(0, target.shape[along[1]], _BLOCK):
+            index[along[1]] = slice(column, column + _BLOCK)
+            target[tuple(index)] = source[tuple(index)]
 
 
 def _dense_from(box: Box, order: Sequence[int], itemsize: int) -> int:

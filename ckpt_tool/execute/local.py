@@ -8,6 +8,7 @@ seals the file: CRCs into their slots, literals written, data made durable.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -75,9 +76,10 @@ def execute(
     Raises:
         CkptToolError: the first failure of any worker; files not finished by then are removed.
     """
-    files = [file for file in plan.files if not skip(file)]
-    meter.start(sum(file.size for file in files))
+    # twice through the layout, because it may compute its files and they are too many to keep
+    meter.start(sum(file.size for file in plan.files if not skip(file)))
     run = _Run(source, sink, meter, on_file)
+    files = (file for file in plan.files if not skip(file))
     try:
         in_parallel(run.units(files), lambda: _Tile(budget.tile), run.one, budget.workers, run.stop)
     finally:
@@ -146,13 +148,13 @@ class _Run:
         crcs = [0] * len(target.fills)
         for (fill, _), (crc, length) in sorted(file.crcs.items()):
             crcs[fill] = isal_zlib.crc32_combine(crcs[fill], crc, length)
-        slots = {slot.offset: _record_crc(slot, crcs, target) for slot in target.crc_slots}
+        slots = sorted((slot.offset, _record_crc(slot, crcs, target)) for slot in target.crc_slots)
         for literal in target.literals:
             data = bytearray(literal.data)
-            for offset, crc in slots.items():
+            first = bisect_left(slots, (literal.offset,))
+            for offset, crc in slots[first : bisect_left(slots, (literal.offset + len(data),))]:
                 at = offset - literal.offset
-                if 0 <= at < len(data):
-                    data[at : at + 4] = crc.to_bytes(4, "little")
+                data[at : at + 4] = crc.to_bytes(4, "little")
             self._sink.write(target.path, literal.offset, bytes(data))
             self._meter.add(len(data))
             file.written.append(WrittenExtent(literal.offset, len(data), xxhash.xxh3_64_hexdigest(data)))

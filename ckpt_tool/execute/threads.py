@@ -27,9 +27,9 @@ def in_parallel(
     stop = stop or threading.Event()
     failures: list[BaseException] = []
     # Not Thread.join: interrupted, it takes a running thread for stopped (bpo-45274, Python < 3.13).
-    finished = threading.Semaphore(0)
+    ended = [threading.Event() for _ in range(threads)]
 
-    def run() -> None:
+    def run(number: int) -> None:
         try:
             worker = make_worker()
             while not stop.is_set():
@@ -42,21 +42,24 @@ def in_parallel(
             failures.append(error)
             stop.set()
         finally:
-            finished.release()
+            ended[number].set()
 
-    started = ended = 0
+    started = 0
     interrupt: BaseException | None = None
-    try:
-        for _ in range(threads):
-            threading.Thread(target=run, daemon=True).start()
-            started += 1
-    except BaseException as error:
-        interrupt = error
-        stop.set()
-    while ended < started:
+    while True:
         try:
-            ended += finished.acquire(timeout=0.1)  # with a timeout, so that Ctrl-C is noticed
-        except BaseException as error:
+            while started < threads and interrupt is None:
+                started += 1
+                threading.Thread(target=run, args=(started - 1,), daemon=True).start()
+            for event in ended[:started]:
+                while not event.wait(0.1):  # with a timeout, so that Ctrl-C is noticed
+                    pass
+            break
+        except KeyboardInterrupt as error:
+            interrupt = interrupt or error
+            stop.set()
+        except BaseException as error:  # a thread that could not be started
+            ended[started - 1].set()
             interrupt = interrupt or error
             stop.set()
     if interrupt is not None:

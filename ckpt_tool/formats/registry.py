@@ -8,17 +8,24 @@ from pathlib import Path
 from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.formats.base import SourceFormat, TargetFormat
+from ckpt_tool.formats.dcp.format import Dcp
 from ckpt_tool.formats.deepspeed.universal import Universal
+from ckpt_tool.formats.deepspeed.zero0 import Zero0
 from ckpt_tool.formats.deepspeed.zero3 import Zero3
 from ckpt_tool.formats.deepspeed.zero3_target import Zero3Target
+from ckpt_tool.formats.deepspeed.zero12 import Zero12
+from ckpt_tool.formats.deepspeed.zero12_target import Zero12Target
 from ckpt_tool.formats.hf import HuggingFace
 from ckpt_tool.storage import LocalReader, Reader
 
 # In order of detection: a Universal directory also has a stage-3 model file.
-SOURCES: tuple[SourceFormat, ...] = (Universal(), Zero3(), HuggingFace())
+SOURCES: tuple[SourceFormat, ...] = (Universal(), Zero3(), Zero12(), Zero0(), Dcp(), HuggingFace())
 TARGETS: Mapping[str, TargetFormat] = {
     "universal": Universal(),
     "zero3": Zero3Target(),
+    "zero2": Zero12Target(2),
+    "zero1": Zero12Target(1),
+    "dcp": Dcp(),
     "hf": HuggingFace(),
 }
 
@@ -41,7 +48,17 @@ def locate(path: Path) -> Path:
     for tag_file in _TAG_FILES:
         if (path / tag_file).is_file():
             return _tagged(path / tag_file)
-    return path
+    return _newest_step(path) or path
+
+
+def _newest_step(path: Path) -> Path | None:
+    """torchtitan has no tag file: its steps are ``step-<N>``, and a finished one has its metadata."""
+    steps = {
+        int(entry.name.removeprefix("step-")): entry
+        for entry in path.glob("step-*")
+        if entry.name.removeprefix("step-").isdecimal() and (entry / ".metadata").is_file()
+    }
+    return steps[max(steps)] if steps else None
 
 
 def _tagged(tag_file: Path) -> Path:

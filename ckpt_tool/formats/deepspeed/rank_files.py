@@ -7,14 +7,15 @@ where they lie.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt_tool.canonical import DType, Scalar, SourceFile, Tensor
-from ckpt_tool.containers.pickles import Opaque, TensorRecord
+from ckpt_tool.containers.pickle_records import Opaque, TensorRecord
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.formats.deepspeed.scalars import scalar_state
@@ -160,10 +161,11 @@ def read_ranks(reader: Reader, names: list[tuple[str, str]]) -> list[RankFiles]:
 
 
 def _read_rank(reader: Reader, rank: int, model_name: str, optim_name: str) -> RankFiles:
-    model = TorchArchive(reader, model_name)
-    files = _read_model(reader, model, rank, optim_name)
-    optim = TorchArchive(reader, optim_name)
-    _read_optim(reader, optim, files)
+    model, optim = TorchArchive(reader, model_name), TorchArchive(reader, optim_name)
+    with _naming(model):
+        files = _read_model(reader, model, rank, optim_name)
+    with _naming(optim):
+        _read_optim(reader, optim, files)
     files.sources = (model.source, optim.source)
     if rank == 0:
         left_out = set(model.root) - ENGINE_KEYS - set(files.client)
@@ -177,6 +179,18 @@ def _read_rank(reader: Reader, rank: int, model_name: str, optim_name: str) -> R
             optim_name.startswith("bf16_"),
         )
     return files
+
+
+@contextlib.contextmanager
+def _naming(archive: TorchArchive) -> Iterator[None]:
+    """Whatever was not foreseen in damaged metadata is said of the file it is in."""
+    try:
+        yield
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+        raise UnreadableError(
+            f"{archive.where}: its metadata is malformed ({type(error).__name__}: {error}). Copy the file "
+            "again from where it was saved."
+        ) from error
 
 
 def _read_model(reader: Reader, archive: TorchArchive, rank: int, optim_name: str) -> RankFiles:

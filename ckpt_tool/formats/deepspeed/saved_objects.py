@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.canonical import Checkpoint, DType, ExpertName, Role
-from ckpt_tool.containers.pickles import TorchSize, opaque
+from ckpt_tool.containers.pickle_records import TorchSize, opaque
 from ckpt_tool.containers.torch_zip import Inline
 from ckpt_tool.errors import UsageError
 from ckpt_tool.formats.base import TargetOptions
@@ -25,6 +25,11 @@ VERSION = "0.19.8"
 def saved_objects(checkpoint: Checkpoint, options: TargetOptions) -> SavedObjects:
     """What the target's files are modelled on."""
     if options.like is not None:
+        if options.like.topology.world_size is None:
+            raise UsageError(
+                f"--like {options.like.root} is {options.like.format}, which is the layout of no run's "
+                "ranks; a ZeRO-3 checkpoint is needed (or ZeRO-1 or 2)."
+            )
         template = options.like.layout_hint
         if isinstance(template, SavedObjects):
             return _with_progress(template, checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from ckpt_tool.canonical import DType, Scalar
-from ckpt_tool.containers.pickles import TensorRecord
+from ckpt_tool.containers.pickle_records import TensorRecord
 from ckpt_tool.containers.torch_zip import Inline, TorchArchive
 from ckpt_tool.errors import UnreadableError
 

@@ -22,6 +22,7 @@ from ckpt_tool.canonical import (
     STEP,
     WEIGHT,
     Checkpoint,
+    DType,
     ExpertName,
     MoELayer,
     ParamGroup,
@@ -29,7 +30,7 @@ from ckpt_tool.canonical import (
     Tensor,
     TensorName,
 )
-from ckpt_tool.containers.pickles import Opaque
+from ckpt_tool.containers.pickle_records import Opaque
 from ckpt_tool.containers.torch_zip import torch_file
 from ckpt_tool.errors import UsageError
 from ckpt_tool.formats.base import TargetOptions
@@ -178,7 +179,11 @@ def _parameter(name: TensorName, layers: dict[str, MoELayer]) -> str:
 
 
 def _entry(tensor: Tensor) -> dict[str, Any]:
-    entry: dict[str, Any] = {"cat_dim": 0, "param": whole(tensor)}
+    widened = tensor.state == WEIGHT and tensor.role is Role.PARAMETER
+    entry: dict[str, Any] = {
+        "cat_dim": 0,
+        "param": whole(tensor, DType.float32 if widened else None),
+    }
     if isinstance(tensor.name, ExpertName):
         entry |= {"is_expert_param": True, "ep_num_experts": tensor.shape[0]}
     if tensor.role is not Role.PARAMETER:
@@ -203,6 +208,11 @@ def _model_state(checkpoint: Checkpoint) -> dict[str, Any]:
 def _notes(checkpoint: Checkpoint, options: TargetOptions) -> tuple[str, ...]:
     notes = list(checkpoint.notes)
     training = checkpoint.training
+    if all(tensor.state == WEIGHT for tensor in checkpoint.tensors):
+        notes.append(
+            "The source holds no optimizer state: load with load_module_only=True, or with "
+            "load_optimizer_states=False."
+        )
     if any(s == STEP and scalar.dtype for (_, s), scalar in checkpoint.scalars.items()):
         notes.append(_INEXACT)
     lost = [str(t.name) for t in checkpoint.tensors if t.role is not Role.PARAMETER]

@@ -31,7 +31,7 @@ from ckpt_tool.canonical import (
     TensorName,
     TrainingState,
 )
-from ckpt_tool.containers.pickles import TensorRecord, opaque
+from ckpt_tool.containers.pickle_records import TensorRecord, opaque
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.formats.deepspeed.names import parse_expert

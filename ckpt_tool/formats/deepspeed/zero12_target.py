@@ -14,8 +14,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
-from ckpt_tool.canonical import MASTER, Checkpoint, ExpertName, Role, TensorName
-from ckpt_tool.containers.pickles import opaque
+from ckpt_tool.canonical import MASTER, Checkpoint, DType, ExpertName, Role, TensorName
+from ckpt_tool.containers.pickle_records import opaque
 from ckpt_tool.containers.torch_zip import Flat, torch_file
 from ckpt_tool.errors import UsageError
 from ckpt_tool.formats.base import TargetOptions
@@ -232,7 +232,7 @@ class _Plan(EnginePlan):
             "dynamic_loss_scale": source["dynamic_loss_scale"],
             "overflow": source["overflow"],
             "base_optimizer_state": {
-                "state": {index: self._state(index, part) for index, part in enumerate(parts)},
+                "state": self._all_states(parts),
                 "param_groups": self._param_groups(),
             },
             "single_partition_of_fp32_groups": [self._masters(part) for part in parts],
@@ -258,8 +258,12 @@ class _Plan(EnginePlan):
         ]
 
     def _masters(self, part: _Part) -> Flat:
-        dtype = self.value_of(part.group.parameters[0]).dtype
-        return Flat(tuple(self._pieces(part, MASTER)), dtype, requires_grad=True)
+        return Flat(tuple(self._pieces(part, MASTER)), DType.float32, requires_grad=True)
+
+    def _all_states(self, parts: list[_Part]) -> dict[int, Any]:
+        """Nothing where the source has no optimizer state: the engine then begins with a fresh one."""
+        states = {index: self._state(index, part) for index, part in enumerate(parts)}
+        return states if any(states.values()) else {}
 
     def _state(self, index: int, part: _Part) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -282,8 +286,9 @@ class _Plan(EnginePlan):
             first, last = max(start, low), min(start + local, high)
             if first < last:
                 tensor = self.value_of(name) if state == MASTER else self.tensors[name, state]
+                dtype = DType.float32 if state == MASTER else tensor.dtype
                 base = part.ep_rank * local if isinstance(name, ExpertName) else 0
-                pieces.append(Slot(tensor, (last - first,), tensor.dtype, base + first - start))
+                pieces.append(Slot(tensor, (last - first,), dtype, base + first - start))
         return pieces
 
 

@@ -15,7 +15,6 @@ import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import (
     WEIGHT,
@@ -33,7 +32,9 @@ from ckpt_tool.canonical import (
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.autoep import AutoEP
 from ckpt_tool.formats.deepspeed.partition import PartitionRegions, consecutive, partition_size
+from ckpt_tool.formats.deepspeed.placement import Placement
 from ckpt_tool.formats.deepspeed.rank_files import RankFiles, file_names, read_ranks
+from ckpt_tool.formats.deepspeed.topology import Ranks
 from ckpt_tool.geometry import Cut, CutRegions
 from ckpt_tool.storage import Reader
 
@@ -42,17 +43,6 @@ _COMMON = (
     "global_steps skipped_steps global_samples dp_world_size mp_world_size ds_version lr_scheduler "
     "num_experts"
 ).split()
-
-
-class Place(NamedTuple):
-    """Where a parameter lies in a rank's flat buffers: ``within`` elements into those of ``sub_group``,
-    as ``partition`` of ``cut_over``. ``shape`` is its full shape (for experts: that of the EP rank)."""
-
-    sub_group: int
-    within: int
-    cut_over: int
-    partition: int
-    shape: tuple[int, ...]
 
 
 class Zero3:
@@ -126,101 +116,16 @@ class _Catalogue:
         self._world = len(ranks)
         self._autoep = AutoEP(reader.root, ranks)
         self._bases: dict[tuple[int, str, tuple[int, ...]], array[int]] = {}
-        self._places = [self._place(files) for files in ranks]
+        self._placement = Placement(reader.root, ranks, self._autoep)
+        self._places = self._placement.places
         self._scalars: dict[tuple[TensorName, str], Scalar] = {}
 
     def _where(self, files: RankFiles) -> str:
         return f"{self._reader.root}/{files.model_file}"
 
-    # ---- where each parameter lies in each rank's flat buffers
-
-    def _place(self, files: RankFiles) -> dict[str, Place]:
-        places: dict[str, Place] = {}
-        for index, group in enumerate(files.shapes):
-            count, own = self._partition(files, index)
-            within = 0
-            for name, shape in group:
-                if name in places:
-                    raise UnreadableError(f"{self._where(files)}: {name} is in two sub-groups.")
-                places[name] = Place(index, within, count, own, shape)
-                within += partition_size(math.prod(shape), count)
-            for state, flat in files.states[index].items():
-                if flat.numel != within:
-                    raise MismatchError(
-                        f"{self._reader.root}/{files.optim_file}: {state} of sub-group {index} has "
-                        f"{flat.numel} elements; the shapes in {files.model_file}, cut over {count} "
-                        f"ranks, make {within}. Shapes and partitions are not of the same run."
-                    )
-        return places
-
-    def _partition(self, files: RankFiles, index: int) -> tuple[int, int]:
-        """(number of ranks a sub-group is cut over, this rank's place among them)."""
-        where = f"{self._reader.root}/{files.optim_file}"
-        names = [name for name, _ in files.shapes[index]]
-        expert = [name in self._autoep.experts for name in names]
-        if any(expert) != all(expert):
-            raise UnreadableError(f"{where}: sub-group {index} mixes experts and dense parameters.")
-        is_expert = bool(expert) and expert[0]
-        expected: int = self._world
-        if is_expert:
-            entry = self._autoep.entry_of(files, names[0])
-            expected = self._world // max(1, entry["ep_size"])
-            if expected * entry["ep_size"] != self._world or (
-                entry["expert_data_parallel_world_size"] != expected
-            ):
-                raise MismatchError(
-                    f"{self._where(files)}: {entry['expert_data_parallel_world_size']} "
-                    f"expert-data-parallel ranks times ep_size {entry['ep_size']} is not the world "
-                    f"size {self._world}."
-                )
-        if files.partition_groups is None:
-            if is_expert:
-                raise UnreadableError(
-                    f"{where} lacks ds_zero_partition_groups, which says how experts are cut."
-                )
-            count: Any = files.partition_count
-            own: Any = files.rank
-            if isinstance(count, list):
-                count = count[index]
-        else:
-            if index >= len(files.partition_groups):
-                raise UnreadableError(f"{where}: ds_zero_partition_groups lacks sub-group {index}.")
-            group = files.partition_groups[index]
-            count, own = group.get("partition_count"), group.get("partition_rank")
-            members = list(group.get("partition_ranks") or range(self._world))
-            if not isinstance(own, int) or not 0 <= own < len(members) or members[own] != files.rank:
-                raise MismatchError(
-                    f"{where}: sub-group {index} lists partition_rank {own} of ranks {members}, which "
-                    f"is not this file's rank {files.rank}. The file is in another rank's place."
-                )
-        if is_expert and own != entry["expert_data_parallel_rank"]:
-            raise MismatchError(
-                f"{self._where(files)} is of expert-data-parallel rank "
-                f"{entry['expert_data_parallel_rank']}, {files.optim_file} holds partition {own}. One of "
-                "the two files is in another rank's place; copy both again."
-            )
-        if count != expected:
-            raise MismatchError(
-                f"{where}: partition_count of sub-group {index} is {count!r}; the topology makes it "
-                f"{expected}. The metadata does not fit together."
-            )
-        return expected, int(own)
-
     # ---- tensors
 
-    def _check_same_names(self) -> None:
-        """Dense parameters are on all ranks; an EP rank without experts lists none of theirs."""
-        names = self._places[0].keys() - self._autoep.experts.keys()
-        for files, places in zip(self._ranks, self._places, strict=True):
-            differing = sorted((places.keys() - self._autoep.experts.keys()) ^ names)
-            if differing:
-                raise MismatchError(
-                    f"{self._where(files)} and {self._first.model_file} list different parameters: "
-                    f"{differing[:5]}. They are not of the same save; copy the checkpoint again."
-                )
-
     def checkpoint(self) -> Checkpoint:
-        self._check_same_names()
         dense = self._dense_names()
         aliases = self._aliases(dense)
         tensors: list[Tensor] = []
@@ -317,7 +222,7 @@ class _Catalogue:
         files = tuple(self._ranks[rank].optim_file for rank in group)
         states = self._ranks[group[0]].states[index]
         for rank in group:
-            self._check_same_slot(rank, group[0], name)
+            self._placement.check_same_slot(rank, group[0], name)
         for state, flat in states.items():
             regions = PartitionRegions(
                 math.prod(shape),
@@ -329,31 +234,6 @@ class _Catalogue:
             yield Tensor(key, state, shape, flat.dtype, regions, role)
         for state, scalar in self._ranks[group[0]].scalars[index].items():
             self._add_scalar(key, state, scalar, self._ranks[group[0]])
-
-    def _check_same_slot(self, rank: int, first: int, name: str) -> None:
-        """Ranks of a partition group lay out their flat buffers alike, and are at the same step."""
-        ours, theirs = self._places[first][name], self._places[rank].get(name)
-        files, other = self._ranks[rank], self._ranks[first]
-        if theirs is None or theirs._replace(partition=ours.partition) != ours:
-            raise MismatchError(
-                f"{self._where(files)} and {other.model_file} place {name} differently: "
-                f"{theirs} and {ours}. They are not of the same save."
-            )
-        index = ours.sub_group
-        mine, their = files.states[index], other.states[index]
-        if {key: flat.dtype for key, flat in mine.items()} != {
-            key: flat.dtype for key, flat in their.items()
-        }:
-            raise MismatchError(
-                f"{self._reader.root}/{files.optim_file} has states {sorted(mine)} for sub-group "
-                f"{index}, {other.optim_file} has {sorted(their)}."
-            )
-        if files.scalars[index] != other.scalars[index]:
-            raise MismatchError(
-                f"{self._reader.root}/{files.optim_file} is at {_scalars(files, index)}, "
-                f"{other.optim_file} at {_scalars(other, index)}, for the same parameters. The "
-                "directory mixes files of different saves; copy this checkpoint again from its origin."
-            )
 
     def _base(self, index: int, state: str, group: tuple[int, ...]) -> array[int]:
         """Byte offset of a sub-group's flat buffer in each of its ranks' files."""
@@ -446,8 +326,23 @@ class _Catalogue:
             raise MismatchError(
                 f"{self._reader.root}: of the {expected} ranks that share EP rank {ep_rank}'s experts "
                 f"of {prefix}, files claim partitions {sorted(by_partition)}. Experts are missing."
+                + self._misplaced(prefix)
             )
         return [by_partition[partition] for partition in range(expected)]
+
+    def _misplaced(self, prefix: str) -> str:
+        """A sentence about the first file whose EP rank is not that of its place, if there is one."""
+        ep_size = self._autoep.layers[prefix]["ep_size"]
+        config = self._first.engine.get("ds_config") or {}
+        ranks = Ranks(self._world, ep_size, bool(config.get("use_data_before_expert_parallelism", False)))
+        for files in self._ranks:
+            found = self._autoep.entry(files, prefix)["ep_rank"]
+            if found != ranks.ep_rank(files.rank):
+                return (
+                    f" {files.model_file} is of EP rank {found}, in the place of EP rank "
+                    f"{ranks.ep_rank(files.rank)}; copy it again."
+                )
+        return ""
 
     def _stack(
         self,
@@ -563,10 +458,6 @@ class _Catalogue:
             options = {key: value for key, value in group.items() if key != "params"}
             groups.append(ParamGroup(options, tuple(names)))
         return tuple(groups)
-
-
-def _scalars(files: RankFiles, index: int) -> str:
-    return ", ".join(f"{key} {scalar.value}" for key, scalar in files.scalars[index].items())
 
 
 def _single_runs(ids: Sequence[int], owned: set[int]) -> Iterable[tuple[int, int, int]]:

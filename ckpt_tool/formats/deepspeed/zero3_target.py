@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, overload
 
-from ckpt_tool.canonical import MASTER, Checkpoint, ExpertName, Tensor, TensorName
+from ckpt_tool.canonical import MASTER, Checkpoint, DType, ExpertName, Tensor, TensorName
 from ckpt_tool.containers.torch_zip import Flat, torch_file
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.deepspeed.autoep import layer_entries
@@ -106,8 +106,11 @@ class _Plan(EnginePlan):
     def _flat(self, sub_group: SubGroup, state: str, rank: int) -> list[Slot | int]:
         parts: list[Slot | int] = []
         for name in sub_group.parameters:
-            tensor = self.value_of(name) if state == MASTER else self.tensors[name, state]
-            parts += _slots(tensor, self._share(name, rank))
+            if state == MASTER:  # a weight where the source holds no master, widened exactly
+                parts += _slots(self.value_of(name), self._share(name, rank), DType.float32)
+            else:
+                tensor = self.tensors[name, state]
+                parts += _slots(tensor, self._share(name, rank), tensor.dtype)
         return parts
 
     # ---- the model file
@@ -154,7 +157,7 @@ class _Plan(EnginePlan):
         for name in self.saved.model.get("frozen_param_shapes") or ():
             tensor = self.value_of(name)
             share = _cut(tensor.numel, self.ranks.world, rank, 0)
-            found[name] = Flat(tuple(_slots(tensor, share)), tensor.dtype)
+            found[name] = Flat(tuple(_slots(tensor, share, tensor.dtype)), tensor.dtype)
         return found
 
     # ---- the optimizer file
@@ -165,7 +168,7 @@ class _Plan(EnginePlan):
         flats = [
             Flat(
                 tuple(self._flat(group, MASTER, rank)),
-                self.value_of(group.parameters[0]).dtype,
+                DType.float32,
                 requires_grad=True,
                 attributes={"ds_id": self._ds_id(group)},
             )
@@ -176,7 +179,7 @@ class _Plan(EnginePlan):
             "ds_zero_partition_groups": self._partition_groups(rank),
             "optimizer_state_dict": {
                 **zero["optimizer_state_dict"],
-                "state": {i: self._state(i, rank) for i in range(len(self.sub_groups))},
+                "state": self._all_states(rank),
                 "param_groups": self._param_groups(),
             },
             "fp32_flat_groups": flats,
@@ -220,6 +223,11 @@ class _Plan(EnginePlan):
             for index, group in enumerate(self.groups)
         ]
 
+    def _all_states(self, rank: int) -> dict[int, Any]:
+        """Nothing where the source has no optimizer state: the engine then begins with a fresh one."""
+        states = {i: self._state(i, rank) for i in range(len(self.sub_groups))}
+        return states if any(states.values()) else {}
+
     def _state(self, index: int, rank: int) -> dict[str, Any]:
         sub_group = self.sub_groups[index]
         state: dict[str, Any] = {}
@@ -237,10 +245,10 @@ def _cut(numel: int, count: int, own: int, base: int) -> _Share:
     return _Share(base + min(numel, own * size), real, size - real)
 
 
-def _slots(tensor: Tensor, share: _Share) -> list[Slot | int]:
+def _slots(tensor: Tensor, share: _Share, dtype: DType) -> list[Slot | int]:
     parts: list[Slot | int] = []
     if share.numel:
-        parts.append(Slot(tensor, (share.numel,), tensor.dtype, share.start))
+        parts.append(Slot(tensor, (share.numel,), dtype, share.start))
     if share.padding:
         parts.append(share.padding)
     return parts
