@@ -23,7 +23,8 @@ from measure import Job, Usage, alternate, measure, peak, ratios, remove, walls
 ROOT = Path(__file__).resolve().parents[1]
 MAKE = Path(__file__).resolve().with_name("make_checkpoint.py")
 TAG = "global_step100"
-JOBS = ("universal", "consolidate", "consolidate-bf16")
+JOBS = ("universal", "reshard", "consolidate", "consolidate-bf16")
+OF_THE_WHOLE_SOURCE = ("universal", "reshard")  # the others read the masters only
 BUDGETS = ("64MiB", "512MiB")
 # ds_to_universal is measured where it takes seconds and gigabytes, not minutes and more than there is.
 PEER_UP_TO = 1.0
@@ -82,6 +83,8 @@ def command(job: str, place: Place, out: Path, *options: str) -> list[str]:
     """ckpt-tool's command of a job."""
     if job == "universal":
         return tool("convert", str(place.source), str(out), "--to", "universal", *options)
+    if job == "reshard":
+        return tool("reshard", str(place.source), str(out), "--ep", "1", "--world", "2", *options)
     if job == "consolidate":
         return tool("consolidate", str(place.source), str(out), *options)
     if job == "consolidate-bf16":
@@ -91,7 +94,7 @@ def command(job: str, place: Place, out: Path, *options: str) -> list[str]:
 
 def copied(job: str, place: Place) -> Path:
     """What ``cp -r`` copies for comparison: as many bytes as the job reads."""
-    return place.tag if job == "universal" else place.fp32
+    return place.tag if job in OF_THE_WHOLE_SOURCE else place.fp32
 
 
 def size(path: Path) -> float:
@@ -150,7 +153,7 @@ def times(places: Sequence[Place], jobs: Sequence[str], pairs: int, *, peer: boo
         *(["ds_to_universal, s", "its largest process, MiB"] if peer else []),
     ]  # fmt: skip
     for place in places:
-        if any(job != "universal" for job in jobs):
+        if not set(jobs) <= set(OF_THE_WHOLE_SOURCE):
             place.make_fp32()
         for job in jobs:
             with_peer = peer and job == "universal" and place.gb <= PEER_UP_TO
@@ -171,9 +174,11 @@ def memory(places: Sequence[Place]) -> Iterable[list[str]]:
                 out = place.out(job)
                 usage = measure(command(job, place, out, "--no-fsync", *limit), env=ENV)
                 cells[job].append(f"{usage.peak_mib:.0f}")
+                if job != "universal":  # verify reads that one
+                    remove([out])
             both = [str(place.source), str(place.out("universal"))]
             cells["verify"].append(f"{measure(tool('verify', *both, *limit), env=ENV).peak_mib:.0f}")
-            remove([place.out(job) for job in JOBS])
+            remove([place.out("universal")])
     for name, values in cells.items():
         yield [name, *values]
 

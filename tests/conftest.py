@@ -31,7 +31,7 @@ DEEPSPEED = ROOT / "fixtures" / "deepspeed"
 # pytest --hypothesis-profile=explore
 _COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("quick", derandomize=True, max_examples=25, **_COMMON)
-settings.register_profile("explore", max_examples=1000, **_COMMON)
+settings.register_profile("explore", max_examples=300, **_COMMON)
 settings.load_profile("quick")
 
 AUTOEP = {"w1": "gate", "w3": "up", "w2": "down"}
@@ -89,6 +89,14 @@ def run_cli(*args: str | os.PathLike[str]) -> Finished:
 def child_env() -> dict[str, str]:
     """The environment of a child process: finds the package, and folds no lines."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Power is not cut in tests; what a killed process leaves does not depend on fsync."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
 
 
 @pytest.fixture(params=ZERO3)

@@ -45,6 +45,14 @@ def test_every_half_is_widened_exactly(source: DType) -> None:
     _check(bits.view(TORCH[source]), source, DType.float32)
 
 
+@pytest.mark.parametrize(
+    ("source", "target"), [(DType.bfloat16, DType.float16), (DType.float16, DType.bfloat16)]
+)
+def test_every_half_becomes_the_other_kind_as_torch_makes_it(source: DType, target: DType) -> None:
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    _check(bits.view(TORCH[source]), source, target)
+
+
 def test_nothing_is_fine() -> None:
     cast(memoryview(bytearray()), DType.float32, memoryview(bytearray()), DType.bfloat16)
 
