@@ -55,7 +55,8 @@ class Family:
     transformers' to published. ``parts`` maps a dense tensor in memory to the published tensors that
     are concatenated in it. ``misnamed`` are names that transformers' ``save_pretrained`` gives and no
     published file has. ``config`` maps ``experts``, ``expert_size``, ``hidden_size``, ``layers``
-    and ``extra_experts`` to the fields that state them, the hub's name first. ``autoep_wrong`` is the
+    and ``extra_experts`` to the fields that state them, the hub's name first. ``rows`` says whose
+    product of config fields the rows of a dense tensor are. ``autoep_wrong`` is the
     reason why AutoEP's checkpoints of this family cannot be used.
     """
 
@@ -73,6 +74,7 @@ class Family:
     transformers: Mapping[str, str] = field(default_factory=dict)
     torchtitan: Mapping[str, str] = field(default_factory=dict)
     misnamed: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, str] = field(default_factory=dict)
     autoep_wrong: str = ""
 
     def form(self, style: str) -> tuple[Stored, ...]:

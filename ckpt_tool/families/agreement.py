@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ckpt_tool.canonical import DOWN, Checkpoint, ExpertName, Tensor, TensorName
 from ckpt_tool.errors import MismatchError
 from ckpt_tool.families import Family, stated, text_config
+from ckpt_tool.families.forms import compiled
 
 _EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|word_embeddings|embeddings|wte)\.weight")
 _MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
@@ -27,6 +29,23 @@ def check_config(checkpoint: Checkpoint, family: Family, config: Mapping[str, An
     _check_layers(values, family, text)
     _check_experts(values, family, text)
     _check_embeddings(checkpoint, values, family, config)
+    _check_rows(values, family, text)
+
+
+def _check_rows(values: Mapping[TensorName, Tensor], family: Family, text: Mapping[str, Any]) -> None:
+    """Dense tensors have as many rows as the config says, where the family's table says whose they are."""
+    fields = dict(text)
+    if fields.get("head_dim") is None and fields.get("num_attention_heads") and "hidden_size" in fields:
+        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
+    for name, tensor in values.items():
+        for pattern, product in family.rows.items():
+            factors = product.split()
+            if not isinstance(name, str) or not compiled(pattern).fullmatch(name):
+                continue
+            if all(type(fields.get(factor)) is int for factor in factors):
+                stated_rows = math.prod(fields[factor] for factor in factors)
+                if stated_rows != tensor.shape[0]:
+                    raise _disagree(" x ".join(factors), stated_rows, tensor.shape[0], name)
 
 
 def _size(text: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, int] | None:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.scale
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKE = ROOT / "benchmarks" / "make_checkpoint.py"
-# Beside the budget, in MiB: interpreter, imports and metadata. Nothing imports torch, casts neither.
+# Beside the budget, in MiB: interpreter, imports, metadata. No job here imports torch, casts included.
 REST = 100
 # What a start reads beside the checkpoint: the modules of interpreter and tool, in bytes.
 MODULES = 20 << 20
