@@ -104,15 +104,21 @@ TOPOLOGIES = {
 }
 
 
+PLACEMENTS = (uniform(4, 1), uniform(4, 4), ((3,), (0, 2, 1)), ((0, 1, 2, 3), ()))
+
+
 @pytest.mark.parametrize(
-    "placement", [uniform(4, 1), uniform(4, 4), ((3,), (0, 2, 1)), ((0, 1, 2, 3), ())], ids=str
+    ("save", "placement"),
+    [
+        pytest.param(save, placement, id=f"{name} {placement}")
+        for name, save in TOPOLOGIES.items()
+        for placement in PLACEMENTS
+        if not save.world % len(placement)
+    ],
 )
-@pytest.mark.parametrize("save", TOPOLOGIES.values(), ids=TOPOLOGIES)
 def test_one_model_is_equal_at_any_topology_and_placement(
     save: Save, placement: synthetic.Placement, tmp_path: Path
 ) -> None:
-    if save.world % len(placement):
-        pytest.skip("EP does not divide the world")
     full = synthetic.model(DENSE, [LAYER])
     other = Model(full.parameters, (Layer(0, placement, 3, 5),))
     verdict = api.verify(made(tmp_path / "a", full), made(tmp_path / "b", other, save))

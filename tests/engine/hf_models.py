@@ -140,7 +140,6 @@ TEXT: dict[str, dict[str, Any]] = {
     "glm5_next_text": ROUTED | KINDS | MLA | dict(
         qk_rope_head_dim=0, layer_types=["linear_attention", "deepseek_sparse_attention", "linear_attention"]
     ),
-    "flint": PLAIN | SHARED,
     "doge": dict(num_experts=E, intermediate_size=D, num_experts_per_tok=2, is_moe=True, num_keys=4),
 }  # fmt: skip
 

@@ -10,7 +10,6 @@ import json
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,7 @@ import pytest
 import ckpt_tool
 from tests.engine.deepspeed_run import RunSpec, Save, build_config, run, spec_from_dict
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers"),
-]
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+pytestmark = pytest.mark.engine
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "deepspeed"
 
@@ -467,7 +462,6 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@needs_deepspeed
 def test_plain_zero_3_checkpoint_with_all_fused_experts_is_consolidated(
     fused: Path, tmp_path: Path
 ) -> None:
@@ -496,7 +490,6 @@ def test_plain_zero_3_checkpoint_with_all_fused_experts_is_consolidated(
     assert furthest(logits(model, held["input_ids"]), held["logits"]) < 1e-5
 
 
-@needs_deepspeed
 def test_plain_zero_3_checkpoint_with_one_expert_ranks_share_is_refused(
     fused: Path, tmp_path: Path
 ) -> None:

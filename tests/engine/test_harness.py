@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.engine.deepspeed_run import STATES, Load, RunSpec, Save, run
 
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
-
 SPEC = RunSpec(family="mixtral", world=2, ep=2, hidden=19, intermediate=11, param_groups="decay")
 
 
 @pytest.mark.engine
-@needs_deepspeed
 def test_resumed_run_has_the_losses_of_the_uninterrupted_one(tmp_path: Path) -> None:
     """The resumed model starts from other random weights: all it knows comes from the files."""
     whole = run(dataclasses.replace(SPEC, steps=4))
@@ -33,7 +29,6 @@ def test_resumed_run_has_the_losses_of_the_uninterrupted_one(tmp_path: Path) -> 
 
 
 @pytest.mark.engine
-@needs_deepspeed
 def test_oracle_does_not_depend_on_the_topology(tmp_path: Path) -> None:
     """Masters and moments gathered at two topologies agree but for the order of summation."""
     from safetensors.torch import load_file

@@ -18,7 +18,6 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,7 @@ from tests.conftest import raw
 from tests.engine.deepspeed_run import STATES, Load, RunResult, RunSpec, Save, run_each, spec_from_dict
 from tests.formats.test_reshard import differences, load
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed"),
-]
+pytestmark = pytest.mark.engine
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "deepspeed"
 TAG = "global_step2"

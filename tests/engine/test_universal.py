@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +27,7 @@ from tests.engine.deepspeed_run import (
     spec_from_dict,
 )
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed"),
-]
+pytestmark = pytest.mark.engine
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "deepspeed"
 

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +17,7 @@ from ckpt_tool import api
 from ckpt_tool.canonical import Checkpoint
 from tests.engine.deepspeed_run import STATES, Load, RunResult, RunSpec, Save, run_each, spec_from_dict
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed"),
-]
+pytestmark = pytest.mark.engine
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "deepspeed"
 ZERO12 = ("mixtral_z2_w4e2", "mixtral_z1_bf16_w2e2", "deepseek_v3_z2_w2e1", "dense_z2_w3")

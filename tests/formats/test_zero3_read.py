@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -454,8 +455,7 @@ def test_client_tensors_differ_also_where_archives_carry_no_crc(tmp_path: Path) 
 
 
 def test_client_state_of_numpy_is_kept(tmp_path: Path) -> None:
-    numpy = pytest.importorskip("numpy")
-    state = numpy.random.RandomState(0).get_state()
+    state = np.random.RandomState(0).get_state()
     save = Save(client=lambda rank: {"rng": state})
     checkpoint, _ = saved(tmp_path, synthetic.model({"a": (5,)}), save)
     assert list(checkpoint.training.client_state) == ["rng"]
