@@ -183,16 +183,18 @@ class EnginePlan:
     def parameter(self, name: TensorName) -> str:
         return expert_parameter(name, self.layers) if isinstance(name, ExpertName) else name
 
-    def new_config(self, config: Any) -> Any:
-        """The run's config with the new EP size in it."""
+    def new_config(self, config: Any, stage: int) -> Any:
+        """The run's config with the new EP size and ZeRO stage in it."""
         if self.options.ds_config is not None:
             return dict(self.options.ds_config)
-        if not isinstance(config, dict) or not isinstance(config.get("expert_parallel"), dict):
+        if not isinstance(config, dict):
             return config
-        return {
-            **config,
-            "expert_parallel": {**config["expert_parallel"], "autoep_size": self.ranks.ep},
-        }
+        new = dict(config)
+        if isinstance(config.get("expert_parallel"), dict):
+            new["expert_parallel"] = {**config["expert_parallel"], "autoep_size": self.ranks.ep}
+        if isinstance(config.get("zero_optimization"), dict):
+            new["zero_optimization"] = {**config["zero_optimization"], "stage": stage}
+        return new
 
     def scalars_of(self, sub_group: SubGroup) -> dict[str, Any]:
         """``step`` and the like: one per sub-group, on which its parameters must agree."""

@@ -41,9 +41,8 @@ def saved_objects(checkpoint: Checkpoint, options: TargetOptions) -> SavedObject
     return _made(checkpoint, options)
 
 
-def compute_dtype(saved: SavedObjects) -> DType:
-    """The precision the run's engine computes in."""
-    config = saved.model.get("ds_config") or {}
+def compute_dtype(config: Mapping[str, Any]) -> DType:
+    """The precision that an engine with this config computes in."""
     if _enabled(config, "bf16") or _enabled(config, "bfloat16"):
         return DType.bfloat16
     return DType.float16 if _enabled(config, "fp16") else DType.float32
@@ -102,11 +101,10 @@ def _made(checkpoint: Checkpoint, options: TargetOptions) -> SavedObjects:
             "saved itself (at step 0, say)."
         )
     config = options.ds_config if options.ds_config is not None else training.config
-    bf16 = _enabled(config, "bf16") or _enabled(config, "bfloat16")
     version = training.engine_version or VERSION
     has_experts = bool(checkpoint.moe_layers)
     model: dict[str, Any] = {
-        "module": _module(checkpoint),
+        "module": _module(checkpoint, compute_dtype(config)),
         "buffer_names": [t.name for t in checkpoint.tensors if t.role is Role.BUFFER],
         "optimizer": None,
         "param_shapes": [OrderedDict({"": () if has_experts else TorchSize(())})],
@@ -139,10 +137,11 @@ def _made(checkpoint: Checkpoint, options: TargetOptions) -> SavedObjects:
             "ds_autoep_layers": layers,
         }
     model |= dict(training.client_state)
+    bf16 = compute_dtype(config) is DType.bfloat16
     return SavedObjects(model, _optimizer(checkpoint, config, version), bf16)
 
 
-def _module(checkpoint: Checkpoint) -> OrderedDict[str, Any]:
+def _module(checkpoint: Checkpoint, compute: DType) -> OrderedDict[str, Any]:
     """Placeholders of no elements for parameters, buffers in full, no experts."""
     layers = {layer.layer_path: layer for layer in checkpoint.moe_layers}
     experts = {
@@ -157,7 +156,7 @@ def _module(checkpoint: Checkpoint) -> OrderedDict[str, Any]:
         if name in experts:
             continue
         buffer = tensor is not None and tensor.role is Role.BUFFER
-        module[name] = tensor if buffer else Inline(b"", (0,), DType.float32)
+        module[name] = tensor if buffer else Inline(b"", (0,), compute)
     return module
 
 

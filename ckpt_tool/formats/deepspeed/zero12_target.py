@@ -133,7 +133,11 @@ class _Plan(EnginePlan):
     def _weight(self, name: TensorName, shape: tuple[int, ...], start: int = 0) -> Slot:
         """A parameter as the engine computes with it: its master, rounded to the compute dtype."""
         tensor = self.value_of(name)
-        dtype = compute_dtype(self.saved) if tensor.state == MASTER else tensor.dtype
+        dtype = (
+            compute_dtype(self.saved.model.get("ds_config") or {})
+            if tensor.state == MASTER
+            else tensor.dtype
+        )
         return Slot(tensor, shape, dtype, start)
 
     def model(self, stage: int) -> dict[str, Any]:
@@ -156,7 +160,7 @@ class _Plan(EnginePlan):
             "frozen_param_shapes": OrderedDict((t.name, kind(t.shape)) for t in frozen),
             "frozen_param_fragments": OrderedDict((t.name, Slot(t, t.shape, t.dtype)) for t in frozen),
             "dp_world_size": self.ranks.world,
-            "ds_config": self._staged(self.saved.model.get("ds_config"), stage),
+            "ds_config": self.new_config(self.saved.model.get("ds_config"), stage),
         }
         if stage == 1:
             changed |= {"frozen_param_shapes": None, "frozen_param_fragments": None}
@@ -201,12 +205,6 @@ class _Plan(EnginePlan):
             entry[f"{found.module}.experts.{weight}.{expert}"] = self._weight(name, matrix, start)
         return entry
 
-    def _staged(self, config: Any, stage: int) -> Any:
-        config = self.new_config(config)
-        if not isinstance(config, dict):
-            return config
-        return {**config, "zero_optimization": {**(config.get("zero_optimization") or {}), "stage": stage}}
-
     # ---- the optimizer
 
     def _parts(self, rank: int) -> list[_Part]:
@@ -245,7 +243,7 @@ class _Plan(EnginePlan):
         return {
             **self.saved.optimizer,
             "optimizer_state_dict": zero,
-            "ds_config": self._staged(self.saved.optimizer.get("ds_config"), stage),
+            "ds_config": self.new_config(self.saved.optimizer.get("ds_config"), stage),
         }
 
     def _param_groups(self) -> list[dict[str, Any]]:

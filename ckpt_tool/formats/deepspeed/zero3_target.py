@@ -124,7 +124,7 @@ class _Plan(EnginePlan):
             "param_shapes": [self._param_shapes(group) for group in self.sub_groups],
             "frozen_param_fragments": self._frozen(rank),
             "dp_world_size": self.ranks.world,
-            "ds_config": self.new_config(self.saved.model.get("ds_config")),
+            "ds_config": self.new_config(self.saved.model.get("ds_config"), 3),
             "shared_params": self.saved.model.get("shared_params") if rank == 0 else {},
         }
         for key in ("ds_autoep_layers", "autoep_layers"):
@@ -190,7 +190,7 @@ class _Plan(EnginePlan):
         return {
             **self.saved.optimizer,
             "optimizer_state_dict": new,
-            "ds_config": self.new_config(self.saved.optimizer.get("ds_config")),
+            "ds_config": self.new_config(self.saved.optimizer.get("ds_config"), 3),
         }
 
     def _ds_id(self, sub_group: SubGroup) -> str:
