@@ -32,6 +32,7 @@ from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.families import family_of
 from ckpt_tool.families.autoep import to_autoep
 from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.deepspeed.module_order import with_module_order
 from ckpt_tool.formats.hf.quantised import refuse_unreadable
 from ckpt_tool.formats.registry import TARGETS, locate, open_checkpoint
 from ckpt_tool.plan import Plan, make_plan
@@ -150,6 +151,9 @@ def convert(
         refuse_unreadable(checkpoint.tensors)
         if to in _DEEPSPEED:
             checkpoint = _under_module_names(checkpoint, model_config, template)
+            if to != "universal" and template is None and not checkpoint.module_names:
+                run_config = _read_json(Path(ds_config)) if ds_config is not None else {}
+                checkpoint = with_module_order(checkpoint, model_config or {}, run_config, ep or 1)
         options = TargetOptions(
             dtype=parse_dtype(dtype),
             config=model_config,

@@ -55,7 +55,8 @@ class Family:
     transformers' to published. ``parts`` maps a dense tensor in memory to the published tensors that
     are concatenated in it. ``misnamed`` are names that transformers' ``save_pretrained`` gives and no
     published file has. ``config`` maps ``experts``, ``expert_size``, ``hidden_size``, ``layers``
-    and ``extra_experts`` to the fields that state them, the hub's name first. ``rows`` says whose
+    and ``extra_experts`` to the fields that state them, the hub's name first. ``autoep_alias`` says
+    that AutoEP keeps the router reachable as ``gate``, too. ``rows`` says whose
     product of config fields the rows of a dense tensor are. ``autoep_wrong`` is the
     reason why AutoEP's checkpoints of this family cannot be used.
     """
@@ -76,6 +77,7 @@ class Family:
     misnamed: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)
     autoep_wrong: str = ""
+    autoep_alias: bool = False
 
     def form(self, style: str) -> tuple[Stored, ...]:
         """How ``style`` (hub or fused) holds the experts."""

@@ -1,0 +1,152 @@
+"""The order of a model's parameters, for sources that do not record it: from transformers, on no device.
+
+A ZeRO file does not name what it holds, so the order decides. Published files and DCP have none of their
+own: the model is built from its config on torch's meta device, where it takes no memory, and its modules
+tell.
+AutoEP puts router, experts and shared experts in the place of each MoE block (deepspeed 0.19.8,
+module_inject/auto_ep_layer.py); passed to ``initialize`` as a list of parameters, routers come last in
+their group, because they are new parameters (runtime/engine.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ckpt_tool.canonical import Checkpoint, ExpertName, ParamGroup, Role, TensorName
+from ckpt_tool.errors import MismatchError, UsageError
+from ckpt_tool.families import family_of
+
+# torch.optim.AdamW's options as DeepSpeed saves them, for a run whose config names no others.
+_ADAMW: Mapping[str, Any] = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+_NOTE = (
+    "The order of parameters is that of transformers' model for this config, in one parameter group with "
+    "the routers last, as initialize(model_parameters=[...]) makes it. For a run that groups otherwise, "
+    "pass --like."
+)
+
+
+def with_module_order(
+    checkpoint: Checkpoint, config: Mapping[str, Any], ds_config: Mapping[str, Any], ep: int
+) -> Checkpoint:
+    """The catalogue with the module order and the default parameter groups of a run of this config.
+
+    Raises:
+        UsageError: transformers is not installed or does not know the config.
+        MismatchError: its model has other parameters than the checkpoint.
+    """
+    aliases = dict(checkpoint.aliases)
+    if checkpoint.dialect == "autoep" and family_of(config).autoep_alias:
+        for layer in checkpoint.moe_layers:
+            aliases[f"{layer.module}.gate.gate.weight"] = f"{layer.module}.router.gate.weight"
+    found, buffers = _state_dict_names(config)
+    checkpoint = _with_buffers(replace(checkpoint, aliases=aliases), buffers)
+    names = _under_autoep(found, checkpoint)
+    values = {tensor.name: tensor for tensor in checkpoint.values()}
+    dense: list[TensorName] = [
+        name for name in names if name in values and values[name].role is Role.PARAMETER
+    ]
+    missing = {name for name in values if isinstance(name, str)} - set(names)
+    if missing:
+        raise MismatchError(
+            f"The checkpoint has {sorted(missing)[:5]} ({len(missing)} in all), which transformers' model "
+            "of this config has not. Pass --like with a checkpoint that the target run saved itself."
+        )
+    routers = [name for name in dense if ".router." in str(name)]
+    dense = [name for name in dense if name not in routers] + routers
+    optimizer = dict(ds_config.get("optimizer") or {}).get("params") or {}
+    options = {key: optimizer.get(key, value) for key, value in _ADAMW.items()}
+    named = {"name": "dense-params"} if checkpoint.moe_layers else {}
+    groups = [ParamGroup({**named, **options}, tuple(dense))]
+    experts = tuple(
+        name
+        for layer in checkpoint.moe_layers
+        for projection in ("gate", "down", "up")
+        if (name := ExpertName(layer.layer_path, projection)) in values
+    )
+    if experts:
+        moe = {"name": f"ep_size_{ep}", "moe": True, **options}
+        groups.append(ParamGroup(moe, experts))
+    return replace(
+        checkpoint,
+        module_names=tuple(names),
+        training=replace(checkpoint.training, param_groups=tuple(groups)),
+        notes=(*checkpoint.notes, _NOTE),
+    )
+
+
+def _with_buffers(checkpoint: Checkpoint, buffers: set[str]) -> Checkpoint:
+    """Published files do not tell buffers from parameters; the model does: the last parts of their names."""
+    tensors = tuple(
+        replace(tensor, role=Role.BUFFER)
+        if isinstance(tensor.name, str) and tensor.name.rsplit(".", 1)[-1] in buffers
+        else tensor
+        for tensor in checkpoint.tensors
+    )
+    return replace(checkpoint, tensors=tensors)
+
+
+def _state_dict_names(config: Mapping[str, Any]) -> tuple[list[str], set[str]]:
+    """The keys of the model's state dict in its order, and the last components of its buffers' names."""
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        raise UsageError(
+            "The source does not record the order of parameters. Install transformers (pip install "
+            "'ckpt-tool[transformers]'), which tells it, or pass --like with a checkpoint that the target "
+            "run saved itself."
+        ) from None
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        with torch.device("meta"):
+            build: Any = AutoModelForCausalLM.from_config
+            model = build(AutoConfig.for_model(**plain))
+    except Exception as error:  # whatever a model's own code makes of its config
+        raise UsageError(
+            f"transformers cannot build the model of this config ({type(error).__name__}: {error}). Pass "
+            "--like with a checkpoint that the target run saved itself."
+        ) from error
+    names = list(model.state_dict())
+    buffers = {name for name, _ in model.named_buffers()} & set(names)
+    return names, {name.rsplit(".", 1)[-1] for name in buffers}
+
+
+def _under_autoep(names: list[str], checkpoint: Checkpoint) -> list[str]:
+    """Each MoE block's names replaced by those AutoEP's module has, where the block's first name stood."""
+    own = [tensor.name for tensor in checkpoint.values() if isinstance(tensor.name, str)]
+    own += checkpoint.aliases
+    result: list[str] = []
+    seen: set[str] = set()
+    blocks = {f"{layer.module}.": layer.module for layer in checkpoint.moe_layers}
+    for name in names:
+        module = next((blocks[prefix] for prefix in blocks if name.startswith(prefix)), None)
+        if module is None or checkpoint.dialect != "autoep":
+            result.append(name)
+        elif module not in seen:
+            seen.add(module)
+            result += sorted((n for n in own if n.startswith(f"{module}.")), key=_place)
+    return result
+
+
+def _place(name: str) -> tuple[int, int]:
+    """The router's buffers, the router, its second name, shared experts as an MLP has them, their gate."""
+    parts = ("router.e_", "router.", "gate.gate.", "shared_experts.", "shared_experts_gate.")
+    matrices = ("gate_proj", "up_proj", "down_proj")
+    return (
+        next((i for i, part in enumerate(parts) if f".{part}" in name), len(parts)),
+        next((i for i, matrix in enumerate(matrices) if f".{matrix}." in name), 0),
+    )
