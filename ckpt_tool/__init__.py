@@ -9,10 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CkptToolError", "__version__", "consolidate", "convert", "open", "reshard", "verify"]
+__all__ = [
+    "CkptToolError",
+    "Execution",
+    "__version__",
+    "consolidate",
+    "convert",
+    "open",
+    "reshard",
+    "verify",
+]
 
 if TYPE_CHECKING:
-    from ckpt_tool.api import consolidate, convert, open, reshard, verify
+    from ckpt_tool.api import Execution, consolidate, convert, open, reshard, verify
     from ckpt_tool.errors import CkptToolError
 
 

@@ -31,10 +31,11 @@ from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.families import family_of
 from ckpt_tool.families.autoep import to_autoep
+from ckpt_tool.families.naming import to_hub
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.deepspeed.module_order import with_module_order
 from ckpt_tool.formats.hf.quantised import refuse_unreadable
-from ckpt_tool.formats.registry import TARGETS, locate, open_checkpoint
+from ckpt_tool.formats.registry import SOURCES, TARGETS, locate, open_checkpoint
 from ckpt_tool.plan import Plan, make_plan
 from ckpt_tool.storage import LocalReader, LocalWriter, Reader
 
@@ -42,9 +43,20 @@ PathLike = str | os.PathLike[str]
 
 # Targets with the names of a DeepSpeed run's modules.
 _DEEPSPEED = frozenset({"universal", "zero3", "zero2", "zero1"})
+# What each target takes beside --dtype, which it refuses itself, and --config, which tells names.
+_ZERO = frozenset({"--ep", "--world", "--like", "--weights-only", "--ds-config"})
+_TAKES = {
+    "universal": frozenset({"--keep-groups", "--weights-only"}),
+    "zero3": _ZERO,
+    "zero2": _ZERO,
+    "zero1": _ZERO,
+    "dcp": frozenset({"--ep", "--world", "--like", "--style", "--weights-only"}),
+    "hf": frozenset({"--style", "--max-shard-size"}),
+}
 # Targets that are the same at any topology.
 _WITHOUT_RANKS = frozenset({"universal", "hf"})
 
+DEFAULT_SHARD_BYTES = 5_000_000_000
 DEFAULT_MAX_MEMORY = 1024 * MIB
 # Beside its weights, what a published model directory consists of.
 _CARRIED_OVER = re.compile(
@@ -114,7 +126,7 @@ def convert(
     weights_only: bool = False,
     config: PathLike | None = None,
     ds_config: PathLike | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     keep_groups: bool = False,
     verify: bool = False,
     dry_run: bool = False,
@@ -143,9 +155,18 @@ def convert(
     how = how or Execution()
     if to not in TARGETS:
         raise UsageError(f"--to {to!r} is not a target; choose from {', '.join(sorted(TARGETS))}.")
+    given = {
+        "--ep": ep, "--world": world, "--like": like, "--style": style, "--weights-only": weights_only,
+        "--ds-config": ds_config, "--keep-groups": keep_groups,
+        "--max-shard-size": max_shard_bytes != DEFAULT_SHARD_BYTES,
+    }  # fmt: skip
+    useless = sorted(name for name, value in given.items() if value and name not in _TAKES[to])
+    if useless:
+        raise UsageError(f"{', '.join(useless)}: --to {to} has no use for it. Leave it out.")
     budget = how.budget()
     reader, checkpoint = open_checkpoint(Path(source))
     try:
+        seen = {file.path: reader.signature(file.path) for file in checkpoint.files}
         model_config, extra = _config(Path(source), config)
         template = open(like) if like is not None else None
         refuse_unreadable(checkpoint.tensors)
@@ -172,11 +193,15 @@ def convert(
         destination = Path(os.path.abspath(target))  # noqa: PTH100 (keep symlinks as the user wrote them)
         verdict = None
         _refuse_own_source(Path(reader.root), destination)
+        if how.overwrite:
+            _refuse_strangers(destination)
         if dry_run and not how.overwrite and occupied(destination):
             raise UsageError(f"{destination} exists. Choose another destination, or pass --overwrite.")
         if not dry_run:
             check_replicas(checkpoint, reader, budget)
-            verdict = _carry_out(plan, reader, checkpoint, destination, to, options, how, budget, verify)
+            verdict = _carry_out(
+                plan, reader, checkpoint, seen, destination, to, options, how, budget, verify
+            )
     finally:
         reader.close()
     return Result(
@@ -238,7 +263,7 @@ def consolidate(
     *,
     dtype: str | None = "fp32",
     config: PathLike | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     verify: bool = False,
     dry_run: bool = False,
     how: Execution | None = None,
@@ -257,11 +282,25 @@ def consolidate(
     )
 
 
-def find_copied_experts(source: PathLike, *, how: Execution | None = None) -> list[Copies]:
-    """Experts of a layer that are bit for bit equal: the mark of ranks that overwrote each other's."""
+def find_copied_experts(
+    source: PathLike, *, config: PathLike | None = None, how: Execution | None = None
+) -> list[Copies]:
+    """Experts of a layer that are bit for bit equal: the mark of ranks that overwrote each other's.
+
+    Raises:
+        UsageError: no experts are recognised, so nothing could be checked.
+    """
     how = how or Execution()
     reader, checkpoint = open_checkpoint(Path(source))
     try:
+        found, _ = _config(Path(source), config)
+        if found is not None and not checkpoint.moe_layers:
+            checkpoint = to_hub(checkpoint, family_of(found))
+        if not checkpoint.moe_layers:
+            raise UsageError(
+                f"No routed experts are recognised in {checkpoint.root}, so nothing was checked. If the "
+                "model has some, pass its config.json with --config, which tells their names."
+            )
         return find_copies(checkpoint, reader, how.budget(), how.meter)
     finally:
         reader.close()
@@ -314,6 +353,7 @@ def _carry_out(
     plan: Plan,
     reader: Reader,
     checkpoint: Checkpoint,
+    seen: Mapping[str, tuple[int, ...]],
     destination: Path,
     to: str,
     options: TargetOptions,
@@ -333,6 +373,7 @@ def _carry_out(
     try:
         left = plan.bytes_written - sum(file.size for file in staging.done.values())
         _check_disk(staging.path, left)
+        how.meter.start(left)
         execute(
             plan,
             reader,
@@ -347,6 +388,12 @@ def _carry_out(
                 tensor for tensor in checkpoint.tensors if tensor.label() not in plan.layout.left_out
             )
             verdict = _verify_result(plan, staging.path, reader, kept, options, budget, how)
+        for path, signature in seen.items():
+            if reader.signature(path) != signature:
+                raise ExecutionError(
+                    f"{reader.root}/{path} changed while it was read. Nothing was published; run the "
+                    "command again once nothing writes to the source."
+                )
         staging.publish()
     finally:
         staging.close()
@@ -403,6 +450,8 @@ def _identity(plan: Plan, checkpoint: Checkpoint, to: str, options: TargetOption
         digest.update(f"{target.path}\0{target.size}\n".encode())
         for literal in target.literals:
             digest.update(literal.data)
+        for fill in target.fills:
+            digest.update(f"{fill.offset} {fill.tensor.label()} {fill.start} {fill.dtype}\n".encode())
     return {
         "tool": f"ckpt-tool {__version__}",
         "source": {
@@ -439,6 +488,27 @@ def _refuse_own_source(source: Path, destination: Path) -> None:
     resolved, root = destination.resolve(), source.resolve()
     if resolved == root or resolved in root.parents:
         raise UsageError(f"{destination} contains the source; it would be replaced. Choose another.")
+    if root in resolved.parents:
+        raise UsageError(f"{destination} is inside the source, which is only read. Choose another.")
+
+
+def _refuse_strangers(destination: Path) -> None:
+    """``--overwrite`` replaces checkpoints, and nothing else that happens to have the name."""
+    if not occupied(destination):
+        return
+    if destination.is_symlink() or not destination.is_dir():
+        raise UsageError(f"{destination} is not a directory; --overwrite replaces checkpoints only.")
+    if (destination / MANIFEST).is_file():
+        return
+    try:
+        reader = LocalReader(locate(destination))
+    except UnreadableError:
+        reader = LocalReader(destination)
+    if not any(known.recognises(reader) for known in SOURCES):
+        raise UsageError(
+            f"{destination} is no checkpoint; --overwrite replaces checkpoints only. Remove it yourself, "
+            "or choose another destination."
+        )
 
 
 def _manifest_root(directory: Path) -> Path:

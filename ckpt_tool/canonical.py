@@ -273,7 +273,7 @@ class SourceFile(NamedTuple):
     fingerprint: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Checkpoint:
     """An immutable catalogue of one checkpoint. Paths in it are relative to ``root``.
 
@@ -300,6 +300,9 @@ class Checkpoint:
     module_names: tuple[str, ...] = ()
     layout_hint: Any = None
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.format} at {self.root!r}: {len(self.tensors)} tensors>"
 
     def by_key(self) -> dict[tuple[TensorName, str], Tensor]:
         return {(tensor.name, tensor.state): tensor for tensor in self.tensors}

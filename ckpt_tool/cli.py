@@ -75,6 +75,7 @@ Like = Annotated[
 ]
 WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="Leave optimizer state out.")]
 _MEMORY = "1GiB"
+_SHOWN = 20  # differences printed
 
 
 @app.callback(invoke_without_command=True)
@@ -96,6 +97,7 @@ def inspect(
     experts: Annotated[
         bool, typer.Option("--experts", help="Which rank and file holds which expert.")
     ] = False,
+    config: Config = None,
     check: Annotated[
         bool,
         typer.Option("--check", help="Hash the experts and name those that are copies of each other."),
@@ -115,7 +117,7 @@ def inspect(
     if check:
         with _progress("check", json) as progress:
             how = _execution(max_memory, workers, True, False, progress)
-            copies = [found.message() for found in api.find_copied_experts(src, how=how)]
+            copies = [found.message() for found in api.find_copied_experts(src, config=config, how=how)]
     if json:
         extra: dict[str, Any] = {}
         if tensor_rows is not None:
@@ -290,14 +292,14 @@ def verify(
         verdict = api.verify(
             a, b, config=config, how=_execution(max_memory, workers, True, False, progress)
         )
-    _print_verdict(verdict, json=json, quiet=quiet)
+    _print_verdict(verdict, compared=b is not None, json=json, quiet=quiet)
     if not verdict.passed:
         raise typer.Exit(1)
 
 
 @app.command()
 def families(json: Json = False) -> None:
-    """The model families known: how each stores its experts."""
+    """The model families known: what config.json calls them, how published files hold their experts."""
     from ckpt_tool import report
     from ckpt_tool.families import families_rows
 
@@ -305,7 +307,7 @@ def families(json: Json = False) -> None:
     if json:
         report.print_json(rows)
         return
-    columns = list(rows[0])
+    columns = ["family", "model_types", "hub_layout", "autoep"]
     lines = [[_cell(row[column]) for column in columns] for row in rows]
     report.print_table(f"{len(rows)} families", columns, lines, right=set())
 
@@ -408,7 +410,7 @@ def _print_result(result: Result, *, dry_run: bool, json: bool, quiet: bool) -> 
             report.say(f"note: {note}")
 
 
-def _print_verdict(verdict: Verdict, *, json: bool, quiet: bool) -> None:
+def _print_verdict(verdict: Verdict, *, compared: bool, json: bool, quiet: bool) -> None:
     from ckpt_tool import report
 
     if json:
@@ -425,11 +427,16 @@ def _print_verdict(verdict: Verdict, *, json: bool, quiet: bool) -> None:
     if not quiet:
         for note in verdict.notes:
             report.say(f"note: {note}")
-    for difference in verdict.differences:
+    for difference in verdict.differences[:_SHOWN]:
         typer.echo(f"{difference.kind}: {difference.message}")
+    if len(verdict.differences) > _SHOWN:
+        typer.echo(f"and {len(verdict.differences) - _SHOWN} more (--json lists all)")
     size = report.human_bytes(verdict.bytes_compared)
-    outcome = "equal" if verdict.passed else f"{len(verdict.differences)} differences"
-    typer.echo(f"{outcome}: {verdict.tensors} tensors, {size} read and compared")
+    unchecked = "complete, no checksums to check" if not verdict.bytes_compared else "sound"
+    sound = "equal" if compared else unchecked
+    count = len(verdict.differences)
+    outcome = sound if verdict.passed else f"{count} difference{'s' if count > 1 else ''}"
+    typer.echo(f"{outcome}: {verdict.tensors} tensors, {size} {'compared' if compared else 'checked'}")
 
 
 def main() -> None:

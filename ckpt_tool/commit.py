@@ -24,7 +24,7 @@ from ckpt_tool.storage import sync_directory
 
 MANIFEST = "ckpt_tool_manifest.json"
 MANIFEST_VERSION = 1
-_JOURNAL = ".ckpt_tool_journal"
+JOURNAL = ".ckpt_tool_journal"
 
 
 class Staging:
@@ -45,15 +45,20 @@ class Staging:
         self._identity = dict(identity)
         self._fsync = fsync
         self._overwrite = overwrite
-        self._refuseoccupied()
+        self._refuse_occupied()
+        if self.path.is_symlink() or (occupied(self.path) and not (self.path / JOURNAL).is_file()):
+            raise UsageError(
+                f"{self.path} is in the way and was not left by a run of ckpt-tool. Remove it or choose "
+                "another destination."
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{self.path} cannot be made: {error.strerror}.") from error
-        self._journal = os.open(self.path / _JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._journal = os.open(self.path / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self.done = self._take_over()
 
-    def _refuseoccupied(self) -> None:
+    def _refuse_occupied(self) -> None:
         if not self._overwrite and occupied(self.target):
             raise UsageError(
                 f"{self.target} exists. Choose another destination, or pass --overwrite to replace it."
@@ -83,7 +88,7 @@ class Staging:
                 done[file.path] = file
         for path in self.path.rglob("*"):
             relative = str(path.relative_to(self.path))
-            if path.is_file() and relative not in done and relative != _JOURNAL:
+            if path.is_file() and relative not in done and relative != JOURNAL:
                 path.unlink()
         if not lines:
             self._record(self._identity)
@@ -116,27 +121,36 @@ class Staging:
         if self._fsync:
             with (self.path / MANIFEST).open("rb") as written:
                 os.fsync(written.fileno())
-        self._refuseoccupied()
-        (self.path / _JOURNAL).unlink()
+        self._refuse_occupied()
         if self._fsync:
             for directory, _, _ in os.walk(self.path):
                 sync_directory(directory)
         old = self.target.parent / f".{self.target.name}.ckpt-tool-replaced"
         if occupied(self.target):
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
             self.target.rename(old)
         elif self.target.is_dir():
             self.target.rmdir()
+        # The locked journal goes along and is removed last: until then no other run can take over.
         self.path.rename(self.target)
+        (self.target / JOURNAL).unlink()
         if self._fsync:
             sync_directory(self.target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
 
     def close(self) -> None:
         """Let go of the directory; remove it where it holds nothing worth going on with."""
-        os.close(self._journal)
         if not self.done:
             shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._journal)
+
+
+def _remove(path: Path) -> None:
+    """Remove what was replaced, whatever it was."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def occupied(path: Path) -> bool:

@@ -17,7 +17,7 @@ import xxhash
 from isal import isal_zlib
 
 from ckpt_tool.canonical import MASTER, WEIGHT, Box, Checkpoint, Region, Tensor, TensorName
-from ckpt_tool.commit import MANIFEST, Manifest
+from ckpt_tool.commit import JOURNAL, MANIFEST, Manifest
 from ckpt_tool.containers.decoded import DecodingReader, real_file
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import CkptToolError, MismatchError, UsageError
@@ -89,6 +89,8 @@ def compare(
     Raises:
         UsageError: the names of the two cannot be brought together.
     """
+    for side, reader in zip((a, b), readers, strict=True):
+        check_replicas(side, reader, budget)
     a, b = _same_names(a, b, config)
     pairs, differences, notes = _pair_up(a, b)
     checked = []
@@ -205,7 +207,8 @@ def _form(pair: _Pair, rounded: bool) -> list[Difference]:
 
 def _scalars(a: Checkpoint, b: Checkpoint) -> list[Difference]:
     differences = []
-    if a.scalars and b.scalars:
+    stateful = [any(t.state not in (WEIGHT, MASTER) for t in side.tensors) for side in (a, b)]
+    if all(stateful) or (a.scalars and b.scalars):
         for name, state in sorted(set(a.scalars) | set(b.scalars), key=str):
             one, other = a.scalars.get((name, state)), b.scalars.get((name, state))
             if one != other:
@@ -217,6 +220,13 @@ def _scalars(a: Checkpoint, b: Checkpoint) -> list[Difference]:
                         f"{other.value if other else 'absent'} in the second",
                     )
                 )
+    differences += _group_options(a, b)
+    if None not in (a.training.scheduler, b.training.scheduler) and (
+        repr(a.training.scheduler) != repr(b.training.scheduler)
+    ):
+        one, other = a.training.scheduler, b.training.scheduler
+        message = f"the scheduler is {one!r} in the first, {other!r} in the second"
+        differences.append(Difference("scalar", "lr_scheduler", message))
     for key in sorted(set(a.training.counters) & set(b.training.counters)):
         if a.training.counters[key] != b.training.counters[key]:
             differences.append(
@@ -228,6 +238,22 @@ def _scalars(a: Checkpoint, b: Checkpoint) -> list[Difference]:
                 )
             )
     return differences
+
+
+def _group_options(a: Checkpoint, b: Checkpoint) -> list[Difference]:
+    """Parameters whose lr, decay and the like differ; one difference per option, where both sides say."""
+    left, right = (
+        {name: group.options for group in side.training.param_groups for name in group.parameters}
+        for side in (a, b)
+    )
+    found: dict[str, Difference] = {}
+    for name in left.keys() & right.keys():
+        for option in ("lr", "betas", "eps", "weight_decay"):
+            one, other = left[name].get(option), right[name].get(option)
+            if option not in found and None not in (one, other) and repr(one) != repr(other):
+                message = f"{option} of {name} is {one} in the first, {other} in the second"
+                found[option] = Difference("scalar", option, message)
+    return list(found.values())
 
 
 def _values(
@@ -411,7 +437,7 @@ def check(
             else:
                 message = f"{file.path} is missing or not of {file.size} bytes, which {MANIFEST} states"
                 differences.append(Difference("checksum", file.path, message))
-        listed = {file.path for file in manifest.files} | {MANIFEST}
+        listed = {file.path for file in manifest.files} | {MANIFEST, JOURNAL}
         differences += [
             Difference("extra", path, f"{path} is not in {MANIFEST}: it was added afterwards")
             for path in _all_files(manifest_reader)

@@ -148,7 +148,9 @@ def overview_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["parameter_groups"]:
         lines.append(("parameter groups", str(found["parameter_groups"])))
     if found["aliases"]:
-        lines.append(("aliases", ", ".join(f"{a} = {b}" for a, b in found["aliases"].items())))
+        first = [f"{a} = {b}" for a, b in list(found["aliases"].items())[:2]]
+        more = len(found["aliases"]) - len(first)
+        lines.append(("aliases", ", ".join(first) + (f" and {more} more" if more else "")))
     if found["client_state"]:
         lines.append(("client state", ", ".join(found["client_state"])))
     if found["client_state_per_rank"]:

@@ -91,7 +91,7 @@ def print_fields(title: str, fields: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in fields:
         table.add_row(name, escape(value))
-    _console([[name, value] for name, value in fields]).print(table)
+    _print(table, [[name, value] for name, value in fields])
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], *, right: set[str]) -> None:
@@ -104,17 +104,22 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], *, right:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    _console([columns, *rows]).print(table)
+    _print(table, [columns, *rows])
 
 
-def _console(lines: list[list[str]]) -> Any:
-    """A terminal folds lines at its width; a pipe gets them whole."""
+def _print(table: Any, lines: list[list[str]]) -> None:
+    """A terminal folds lines at its width; a pipe gets them whole, without blanks at their ends."""
     from rich.console import Console
 
     if sys.stdout.isatty():
-        return Console()
+        Console().print(table)
+        return
     width = sum(max((len(cell) for cell in column), default=0) + 2 for column in zip(*lines, strict=True))
-    return Console(width=max(80, width))
+    console = Console(width=max(80, width))
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        print(line.rstrip())  # noqa: T201
 
 
 def say(message: str) -> None:

@@ -35,6 +35,10 @@ class Reader(Protocol):
 
     def is_directory(self, path: str) -> bool: ...
 
+    def signature(self, path: str) -> tuple[int, ...]:
+        """Numbers that change when the file is replaced or written to, such as its time of change."""
+        ...
+
     def size(self, path: str) -> int:
         """Size in bytes; raises UnreadableError where there is no such file."""
         ...
@@ -86,6 +90,13 @@ class LocalReader:
 
     def is_directory(self, path: str) -> bool:
         return (self._root / path).is_dir()
+
+    def signature(self, path: str) -> tuple[int, ...]:
+        try:
+            found = os.stat(self._root / path)
+        except OSError as error:
+            raise UnreadableError(f"{self._root / path} is missing: {error.strerror}.") from error
+        return (found.st_ino, found.st_size, found.st_mtime_ns)
 
     def size(self, path: str) -> int:
         with self._handle(path) as fd:

@@ -165,7 +165,7 @@ def test_a_run_killed_twice_is_completed(
 def test_what_was_complete_is_not_written_again(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     killed(source, target, 40)
-    journal = (staging_of(target) / commit._JOURNAL).read_text().splitlines()
+    journal = (staging_of(target) / commit.JOURNAL).read_text().splitlines()
     complete = {json.loads(line)["path"] for line in journal[1:]}
     assert complete, "nothing was complete: kill later"
     before = {path: (staging_of(target) / path).stat().st_ino for path in complete}
@@ -209,21 +209,69 @@ def test_a_source_that_changed_meanwhile_is_another_command(tmp_path: Path) -> N
         api.convert(source, tmp_path / "out", to="universal")
 
 
-@pytest.mark.parametrize("damage", ["no journal", "empty journal", "torn first line", "torn last line"])
+@pytest.mark.parametrize("damage", ["empty journal", "torn first line", "torn last line"])
 def test_a_damaged_journal_does_not_block_the_same_command(
     damage: str, source: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     target = tmp_path / "out"
     killed(source, target, 40)
-    journal = staging_of(target) / commit._JOURNAL
+    journal = staging_of(target) / commit.JOURNAL
     data = journal.read_bytes()
-    if damage == "no journal":
-        journal.unlink()
-    else:
-        cut = {"empty journal": 0, "torn first line": 20, "torn last line": len(data) - 7}[damage]
-        journal.write_bytes(data[:cut])
+    cut = {"empty journal": 0, "torn first line": 20, "torn last line": len(data) - 7}[damage]
+    journal.write_bytes(data[:cut])
     api.convert(source, target, to="universal")
     assert tree(target) == uninterrupted
+
+
+def test_a_directory_in_the_way_that_no_run_left_is_not_touched(source: Path, tmp_path: Path) -> None:
+    staging = staging_of(tmp_path / "out")
+    staging.mkdir()
+    (staging / "precious").write_text("x")
+    with pytest.raises(UsageError, match="in the way"):
+        api.convert(source, tmp_path / "out", to="universal")
+    assert tree(staging) == {"precious": b"x"}
+
+
+def test_a_symlink_in_the_way_is_not_followed(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "precious").write_text("x")
+    staging_of(tmp_path / "out").symlink_to(tmp_path / "real")
+    with pytest.raises(UsageError, match="in the way"):
+        api.convert(source, tmp_path / "out", to="universal")
+    assert tree(tmp_path / "real") == {"precious": b"x"}
+
+
+def test_a_source_that_changes_while_it_is_read_is_not_published(source: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    touched = next(copy.rglob("*optim_states.pt"))
+    spy = Spy(lambda: os.utime(touched))
+    with pytest.raises(ExecutionError, match="changed while it was read"):
+        api.convert(copy, tmp_path / "out", to="universal", how=api.Execution(meter=spy))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_never_takes_over_a_run_that_publishes(source: Path, tmp_path: Path) -> None:
+    """The lock is held until the directory has its final name."""
+    staging = commit.Staging(tmp_path / "out", {"parameters": {}}, overwrite=False, fsync=False)
+    seen: list[bool] = []
+
+    def walk(*args: object) -> object:
+        with pytest.raises(UsageError, match="in use"):
+            commit.Staging(tmp_path / "out", {"parameters": {}}, overwrite=False, fsync=False)
+        seen.append(True)
+        return iter(())
+
+    staging.done["x"] = WrittenFile("x", 0, ())
+    staging._fsync = True
+    original, commit.os.walk = os.walk, walk  # type: ignore[assignment]
+    try:
+        staging.publish()
+    finally:
+        commit.os.walk = original
+        staging.close()
+    assert seen
+    assert (tmp_path / "out").is_dir()
 
 
 def test_a_file_damaged_in_size_after_the_kill_is_written_again(
@@ -231,7 +279,7 @@ def test_a_file_damaged_in_size_after_the_kill_is_written_again(
 ) -> None:
     target = tmp_path / "out"
     killed(source, target, 40)
-    journal = (staging_of(target) / commit._JOURNAL).read_text().splitlines()
+    journal = (staging_of(target) / commit.JOURNAL).read_text().splitlines()
     os.truncate(staging_of(target) / json.loads(journal[1])["path"], 10)
     api.convert(source, target, to="universal")
     assert tree(target) == uninterrupted
@@ -290,6 +338,7 @@ def test_overwrite_replaces_all_of_the_old(
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("x")
+    (target / MANIFEST).write_text("x")  # a result of ckpt-tool, which may be replaced
     api.convert(source, target, to="universal", how=api.Execution(overwrite=True))
     assert tree(target) == uninterrupted
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -299,6 +348,7 @@ def test_overwrite_leaves_the_old_until_the_new_is_complete(source: Path, tmp_pa
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("x")
+    (target / MANIFEST).write_text("x")  # a result of ckpt-tool, which may be replaced
     seen: set[bool] = set()
     spy = Spy(lambda: seen.add((target / "old").exists()))
     api.convert(source, target, to="universal", how=api.Execution(overwrite=True, meter=spy), verify=True)
@@ -311,6 +361,7 @@ def test_a_failed_overwrite_keeps_the_old(
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("x")
+    (target / MANIFEST).write_text("x")  # a result of ckpt-tool, which may be replaced
 
     def failing(*args: object) -> None:
         raise ExecutionError("disk")
@@ -318,13 +369,22 @@ def test_a_failed_overwrite_keeps_the_old(
     monkeypatch.setattr("ckpt_tool.storage.LocalWriter.write", failing)
     with pytest.raises(ExecutionError):
         api.convert(source, target, to="universal", how=api.Execution(overwrite=True))
-    assert tree(target) == {"old": b"x"}
+    assert tree(target) == {"old": b"x", MANIFEST: b"x"}
 
 
-def test_overwrite_replaces_a_file(source: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_no_file(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
-    api.convert(source, tmp_path / "out", to="universal", how=api.Execution(overwrite=True))
-    assert (tmp_path / "out" / "latest_universal").exists()
+    with pytest.raises(UsageError, match="not a directory"):
+        api.convert(source, tmp_path / "out", to="universal", how=api.Execution(overwrite=True))
+    assert (tmp_path / "out").read_text() == "x"
+
+
+def test_overwrite_replaces_no_directory_of_other_things(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    with pytest.raises(UsageError, match="no checkpoint"):
+        api.convert(source, tmp_path / "out", to="universal", how=api.Execution(overwrite=True))
+    assert tree(tmp_path / "out") == {"thesis.tex": b"x"}
 
 
 # ---- the manifest

@@ -103,6 +103,9 @@ class DecodingReader:
     def is_directory(self, path: str) -> bool:
         return self._inner.is_directory(path)
 
+    def signature(self, path: str) -> tuple[int, ...]:
+        return self._inner.signature(real_file(path))
+
     def size(self, path: str) -> int:
         return self._inner.size(real_file(path))
 

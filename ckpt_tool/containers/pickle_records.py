@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_tool.canonical import DType
+from ckpt_tool.canonical import DType, Tensor
+from ckpt_tool.errors import UnreadableError
 
 # torch/storage.py and torch/serialization.py of torch 2.13: the class named in a persistent id.
 STORAGES = {
@@ -143,6 +144,11 @@ def map_containers(value: Any, change: Callable[[Any], Any]) -> Any:
 
     Members that ``change`` returns as they are stay the same objects.
     """
+    if isinstance(value, dict | set | frozenset) and any(map(_holds_tensor, value)):
+        raise UnreadableError(
+            "a tensor as a key of a dict, or in a set, cannot be carried over. Save the checkpoint without "
+            "it."
+        )
     if isinstance(value, dict):
         copy = value.copy()
         copy.update({key: change(item) for key, item in value.items()})
@@ -153,6 +159,12 @@ def map_containers(value: Any, change: Callable[[Any], Any]) -> Any:
         args = tuple(change(item) for item in value.args)
         return opaque(value.module, value.qualname, *args, state=change(value.state))
     return value
+
+
+def _holds_tensor(key: Any) -> bool:
+    if isinstance(key, tuple | frozenset):
+        return any(map(_holds_tensor, key))
+    return isinstance(key, TensorRecord | Tensor)
 
 
 def opaque(module: str, qualname: str, *args: Any, state: Any = None) -> Opaque:

@@ -87,6 +87,7 @@ def _rebuild_tensor(
 ) -> TensorRecord:
     if not isinstance(storage, StorageRecord) or storage.dtype is None:
         raise ValueError("a tensor without a typed storage")
+    _refuse_lazy_bits(metadata)
     return _checked(
         TensorRecord(storage, storage.dtype, offset, tuple(size), tuple(stride), bool(requires_grad))
     )
@@ -104,6 +105,7 @@ def _rebuild_tensor_v3(
 ) -> TensorRecord:
     if not isinstance(storage, StorageRecord):
         raise ValueError("a tensor without a storage")
+    _refuse_lazy_bits(metadata)
     return _checked(
         TensorRecord(
             StorageRecord(storage.key, None, storage.numel),
@@ -114,6 +116,12 @@ def _rebuild_tensor_v3(
             bool(requires_grad),
         )
     )
+
+
+def _refuse_lazy_bits(metadata: Any) -> None:
+    """torch stores a negated or conjugated view as a flag beside the bytes of the original."""
+    if metadata:
+        raise ValueError(f"a tensor whose stored bytes are not its values: {metadata!r}")
 
 
 def _checked(record: TensorRecord) -> TensorRecord:

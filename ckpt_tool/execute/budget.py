@@ -10,7 +10,7 @@ KIB, MIB = 1 << 10, 1 << 20
 
 # Below this a tile costs more in system calls than in bytes; above the other, nothing gets faster.
 _SMALLEST_TILE = 64 * KIB
-_LARGEST_TILE = 2 * MIB
+_LARGEST_TILE = 1 * MIB
 # Two buffers per worker: what was read, and what a cast makes of it (or, for verify, the other side).
 _BUFFERS = 2
 

@@ -69,15 +69,13 @@ def execute(
     """Write every file of ``plan`` into ``sink``.
 
     Args:
-        meter: told of every tile written.
+        meter: told of every tile written; the caller has started it.
         skip: files that are there already.
         on_file: told of every finished file, one call at a time.
 
     Raises:
         CkptToolError: the first failure of any worker; files not finished by then are removed.
     """
-    # twice through the layout, because it may compute its files and they are too many to keep
-    meter.start(sum(file.size for file in plan.files if not skip(file)))
     run = _Run(source, sink, meter, on_file)
     files = (file for file in plan.files if not skip(file))
     try:

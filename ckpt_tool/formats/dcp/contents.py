@@ -312,6 +312,9 @@ class _Memory:
     def is_directory(self, path: str) -> bool:  # noqa: ARG002
         return False
 
+    def signature(self, path: str) -> tuple[int, ...]:  # noqa: ARG002
+        return (len(self._data),)
+
     def size(self, path: str) -> int:  # noqa: ARG002
         return len(self._data)
 

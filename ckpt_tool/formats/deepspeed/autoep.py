@@ -99,7 +99,11 @@ class AutoEP:
     def _check_same_layer(self, files: RankFiles, entry: Entry, prefix: str) -> None:
         holders = self.holders[prefix]
         where = self._where(files)
-        if expert_holders(entry, where) != holders or entry["ep_rank"] >= len(holders):
+        known = self.layers[prefix]
+        same = entry.get("expert_placement") == known.get("expert_placement") and all(
+            entry[key] == known[key] for key in ("num_experts", "ep_size")
+        )
+        if (not same and expert_holders(entry, where) != holders) or entry["ep_rank"] >= len(holders):
             raise MismatchError(
                 f"{where} places the experts of {prefix} differently than {self._first.model_file} does."
             )

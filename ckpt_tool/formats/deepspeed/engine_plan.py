@@ -12,6 +12,7 @@ from ckpt_tool.canonical import (
     ExpertName,
     ParamGroup,
     Role,
+    Scalar,
     Tensor,
     TensorName,
 )
@@ -68,6 +69,13 @@ class EnginePlan:
         self.layers = {layer.layer_path: layer for layer in checkpoint.moe_layers}
         self.tensors = checkpoint.by_key()
         self.values = {tensor.name: tensor for tensor in checkpoint.values()}
+        self._element_states: dict[TensorName, list[str]] = {}
+        for name, state in self.tensors:
+            if state not in (MASTER, WEIGHT):
+                self._element_states.setdefault(name, []).append(state)
+        self._scalars: dict[TensorName, dict[str, Scalar]] = {}
+        for (name, state), scalar in checkpoint.scalars.items():
+            self._scalars.setdefault(name, {})[state] = scalar
         self.position = {name: i for i, name in enumerate(self._parameters())}
         self.groups = self._regrouped()
         self.sub_groups = groups.sub_groups(self.groups, self._partition_numel, self._sub_group_size())
@@ -169,13 +177,16 @@ class EnginePlan:
         """The per-element states of a sub-group other than its masters; all its parameters have them."""
         if self.options.weights_only:
             return []
-        first = sub_group.parameters[0]
-        kept = [s for name, s in self.tensors if name == first and s not in (MASTER, WEIGHT)]
+        kept = list(
+            dict.fromkeys(
+                state for name in sub_group.parameters for state in self._element_states.get(name, ())
+            )
+        )
         for name in sub_group.parameters:
             for state in kept:
                 if (name, state) not in self.tensors:
                     raise MismatchError(
-                        f"{name} has no {state}, but {sub_group.parameters[0]} of the same sub-group does. "
+                        f"{name} has no {state}, but another parameter of the same sub-group does. "
                         "The engine keeps optimizer state for a sub-group as a whole."
                     )
         return kept
@@ -196,19 +207,20 @@ class EnginePlan:
             new["zero_optimization"] = {**config["zero_optimization"], "stage": stage}
         return new
 
-    def scalars_of(self, sub_group: SubGroup) -> dict[str, Any]:
+    def scalars_of(self, sub_group: SubGroup) -> dict[str, Scalar]:
         """``step`` and the like: one per sub-group, on which its parameters must agree."""
-        scalars = self.checkpoint.scalars
         first = sub_group.parameters[0]
-        found = {state: value for (name, state), value in scalars.items() if name == first}
+        found = self._scalars.get(first, {})
         for name in sub_group.parameters:
-            for state, value in found.items():
-                if scalars.get((name, state)) != value:
-                    other = scalars.get((name, state))
+            other = self._scalars.get(name, {})
+            for state in sorted(found.keys() | other.keys()):
+                mine, theirs = found.get(state), other.get(state)
+                if mine != theirs:
                     raise MismatchError(
-                        f"{name} has {state} {other.value if other else 'none'}, {first} has "
-                        f"{value.value}; at the target they share one sub-group, which has one {state}. "
-                        "Their histories differ, and no ZeRO-3 checkpoint of this topology holds both."
+                        f"{name} has {state} {theirs.value if theirs else 'none'}, {first} has "
+                        f"{mine.value if mine else 'none'}; at the target they share one sub-group, which "
+                        f"has one {state}. Their histories differ, and no ZeRO checkpoint of this topology "
+                        "holds both."
                     )
         return found
 

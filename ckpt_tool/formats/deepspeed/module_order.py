@@ -89,7 +89,7 @@ def with_module_order(
 
 
 def _with_buffers(checkpoint: Checkpoint, buffers: set[str]) -> Checkpoint:
-    """Published files do not tell buffers from parameters; the model does: the last parts of their names."""
+    """Published files do not tell buffers from parameters; the model does, by the ends of their names."""
     tensors = tuple(
         replace(tensor, role=Role.BUFFER)
         if isinstance(tensor.name, str) and tensor.name.rsplit(".", 1)[-1] in buffers

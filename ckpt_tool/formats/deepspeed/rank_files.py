@@ -8,6 +8,7 @@ where they lie.
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,8 @@ ENGINE_KEYS = frozenset(
         "universal_checkpoint_info",
     ]
 )
+
+LAYER_KEYS = ("ds_autoep_layers", "autoep_layers")
 
 Shapes = tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]
 
@@ -110,6 +113,7 @@ class RankFiles:
     partition_count: Any = None
     param_groups: list[Mapping[str, Any]] = field(default_factory=list)
     loss_scale: Mapping[str, Any] = field(default_factory=dict)
+    optimizer_digest: str = ""
     zero_stage: int = 3
     saved: SavedObjects | None = None
 
@@ -155,18 +159,38 @@ def file_names(reader: Reader) -> list[tuple[str, str]]:
 
 
 def read_ranks(reader: Reader, names: list[tuple[str, str]]) -> list[RankFiles]:
-    """Read the metadata of all ranks, several files at a time."""
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return list(pool.map(lambda item: _read_rank(reader, item[0], *item[1]), enumerate(names)))
+    """Read the metadata of all ranks, several files at a time; what ranks say alike is kept once."""
+    shared: dict[Any, Any] = {}
+    collecting = gc.isenabled()
+    gc.disable()  # millions of small objects are made and none of them in cycles
+    try:
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            items = enumerate(names)
+            return list(
+                pool.map(lambda item: _read_rank(reader, item[0], item[1][0], item[1][1], shared), items)
+            )
+    finally:
+        if collecting:
+            gc.enable()
 
 
-def _read_rank(reader: Reader, rank: int, model_name: str, optim_name: str) -> RankFiles:
+def _read_rank(
+    reader: Reader, rank: int, model_name: str, optim_name: str, shared: dict[Any, Any]
+) -> RankFiles:
     model, optim = TorchArchive(reader, model_name), TorchArchive(reader, optim_name)
     with _naming(model):
         files = _read_model(reader, model, rank, optim_name)
     with _naming(optim):
         _read_optim(reader, optim, files)
     files.sources = (model.source, optim.source)
+    files.shapes = shared.setdefault(files.shapes, files.shapes)
+    files.module_names = shared.setdefault(files.module_names, files.module_names)
+    if rank > 0:
+        files.engine = {
+            key: _slim(value, shared) if key in LAYER_KEYS else value
+            for key, value in files.engine.items()
+            if key not in ("universal_checkpoint_info", "ds_config")
+        }
     if rank == 0:
         left_out = set(model.root) - ENGINE_KEYS - set(files.client)
         files.saved = SavedObjects(
@@ -179,6 +203,20 @@ def _read_rank(reader: Reader, rank: int, model_name: str, optim_name: str) -> R
             optim_name.startswith("bf16_"),
         )
     return files
+
+
+def _slim(entries: Any, shared: dict[Any, Any]) -> Any:
+    """Layer entries without their affine maps, which repeat the placement, and with one copy of that."""
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        return entries
+    slim = []
+    for entry in entries:
+        kept = {key: value for key, value in entry.items() if key != "affine_maps"}
+        if "expert_placement" in kept:
+            placement = kept["expert_placement"]
+            kept["expert_placement"] = shared.setdefault(repr(placement), placement)
+        slim.append(kept)
+    return slim
 
 
 @contextlib.contextmanager
@@ -229,7 +267,7 @@ def _read_model(reader: Reader, archive: TorchArchive, rank: int, optim_name: st
         except RecursionError:
             notes.append(f"client state {key!r} is left out: it contains itself.")
     engine = {
-        key: root[key]
+        key: archive.describe(root[key])
         for key in ENGINE_KEYS
         if key in root and key not in ("module", "frozen_param_fragments", "param_shapes")
     }
@@ -249,10 +287,20 @@ def _read_optim(reader: Reader, archive: TorchArchive, files: RankFiles) -> None
     files.partition_groups = zero.get("ds_zero_partition_groups")
     files.partition_count = zero.get("partition_count")
     files.loss_scale = {
-        key: zero[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow") if key in zero
+        key: archive.describe(zero[key])
+        for key in ("loss_scaler", "dynamic_loss_scale", "overflow")
+        if key in zero
     }
     base = zero.get("optimizer_state_dict") or {"state": {}, "param_groups": []}
-    files.param_groups = list(base.get("param_groups") or [])
+    files.param_groups = [archive.describe(group) for group in base.get("param_groups") or []]
+    # Experts' groups refer to sub-groups, which an EP rank without experts numbers differently.
+    files.optimizer_digest = archive.digest(
+        [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in base.get("param_groups") or ()
+            if not group.get("moe")
+        ]
+    )
     flats = zero["fp32_flat_groups"]
     if len(flats) != len(files.shapes):
         raise UnreadableError(

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ckpt_tool.canonical import Checkpoint, DType, ExpertName, Role
-from ckpt_tool.containers.pickle_records import TorchSize, opaque
+from ckpt_tool.canonical import Checkpoint, DType, ExpertName, Role, Tensor
+from ckpt_tool.containers.pickle_records import TorchSize, map_containers, opaque
 from ckpt_tool.containers.torch_zip import Inline
-from ckpt_tool.errors import UsageError
+from ckpt_tool.errors import MismatchError, UsageError
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.deepspeed.names import AUTOEP_OF, expert_parameter
-from ckpt_tool.formats.deepspeed.rank_files import SavedObjects
+from ckpt_tool.formats.deepspeed.rank_files import ENGINE_KEYS, SavedObjects
 
 VERSION = "0.19.8"
 
@@ -74,14 +74,46 @@ def _modelled_on(checkpoint: Checkpoint, template: Checkpoint) -> Checkpoint:
 
 
 def _with_progress(template: SavedObjects, checkpoint: Checkpoint) -> SavedObjects:
-    """A template's objects with the source's counters, scheduler, buffers and client state in them."""
+    """A template's objects with the source's counters, scheduler, buffers and client state in them.
+
+    Raises:
+        MismatchError: the template holds a tensor that the source has no values for.
+    """
     training = checkpoint.training
-    model = dict(template.model) | dict(training.client_state) | dict(training.counters)
+    model = {key: value for key, value in template.model.items() if key in ENGINE_KEYS}
+    model |= dict(training.client_state) | dict(training.counters)
     if training.scheduler is not None and model.get("lr_scheduler") is not None:
         model["lr_scheduler"] = training.scheduler
     model["module"] = _with_buffers(model["module"], checkpoint)
+    model["frozen_param_fragments"] = OrderedDict()  # cut anew for every rank
     zero = dict(template.optimizer["optimizer_state_dict"]) | dict(training.loss_scale)
-    return SavedObjects(model, {**template.optimizer, "optimizer_state_dict": zero}, template.bf16)
+    zero["fp32_flat_groups"] = []
+    if "optimizer_state_dict" in zero:
+        zero["optimizer_state_dict"] = {**zero["optimizer_state_dict"], "state": {}}
+    optimizer = {**template.optimizer, "optimizer_state_dict": zero}
+    own = {id(tensor) for tensor in checkpoint.tensors} | set(_tensors(training.client_state))
+    for part in (model, optimizer):
+        foreign = [tensor for key, tensor in _tensors(part).items() if key not in own and tensor.numel]
+        if foreign:
+            raise MismatchError(
+                f"The template holds {foreign[0].name} of shape {list(foreign[0].shape)}, which the source "
+                "has no values for. Pass a template saved by the same model."
+            )
+    return SavedObjects(model, optimizer, template.bf16)
+
+
+def _tensors(value: Any) -> dict[int, Tensor]:
+    """All tensors inside a value, by identity."""
+    found: dict[int, Tensor] = {}
+
+    def visit(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            found[id(item)] = item
+            return item
+        return map_containers(item, visit)
+
+    visit(dict(value))
+    return found
 
 
 def _with_buffers(module: Mapping[str, Any], checkpoint: Checkpoint) -> OrderedDict[str, Any]:

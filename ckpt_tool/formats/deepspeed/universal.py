@@ -97,16 +97,19 @@ class Universal:
         left_out = {}
         files: list[TargetFile] = []
         for tensor in checkpoint.tensors:
+            if options.weights_only and tensor.state not in (WEIGHT, MASTER):
+                left_out[tensor.label()] = "optimizer state; --weights-only"
+                continue
             if tensor.state == WEIGHT and tensor.name in masters:
                 left_out[tensor.label()] = "recomputed from its master when the engine loads"
                 continue
             directory = f"{tag}/zero/{_parameter(tensor.name, layers)}"
             file = _FILE_OF.get(tensor.state, tensor.state)
             files.append(torch_file(f"{directory}/{file}.pt", _entry(tensor)))
-        for (name, state), scalar in checkpoint.scalars.items():
+        for (name, state), scalar in () if options.weights_only else checkpoint.scalars.items():
             directory = f"{tag}/zero/{_parameter(name, layers)}"
             files.append(torch_file(f"{directory}/{state}.pt", saved_scalar(scalar)))
-        if any(tensor.state != WEIGHT for tensor in checkpoint.tensors):
+        if not options.weights_only and any(t.state != WEIGHT for t in checkpoint.tensors):
             files.append(torch_file(f"{tag}/{OPTIMIZER_FILE}", self._optimizer(checkpoint, options)))
         model = _model_state(checkpoint)
         files += [torch_file(f"{tag}/{name}", model) for name in MODEL_FILES]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckpt_tool.canonical import (
+    EXP_AVG,
     MASTER,
     STEP,
     WEIGHT,
@@ -206,6 +207,12 @@ def _parameters(reader: Reader, about: _About) -> list[_Parameter]:
             f"{reader.root}/zero/{missing[0]} is missing ({len(missing)} parameters in all): the copy is "
             "incomplete. Copy the checkpoint again."
         )
+    doubled = sorted(set(about.aliases) & set(present)) if about.ours else []
+    if doubled:
+        raise UnreadableError(
+            f"{reader.root}/zero/{doubled[0]} has values, but is recorded as a further name of "
+            f"{about.aliases[doubled[0]]}. Files of another checkpoint are in the directory; remove them."
+        )
     names = sorted(
         (name for name in present if name not in about.aliases),
         key=lambda name: (position.get(name, len(position)), name),
@@ -309,7 +316,7 @@ def _check_states(reader: Reader, parameters: list[_Parameter]) -> None:
                 f"{reader.root}/zero/{one.name}/{lacking[0]}.pt is missing; other parameters have it. The "
                 "copy is incomplete. Copy the checkpoint again."
             )
-    if every - {MASTER, STEP} and STEP not in every:
+    if EXP_AVG in every and STEP not in every:
         raise UnreadableError(
             f"{reader.root}/{OPTIMIZER_FILE} is missing or has no step, and the parameters' directories "
             "have none either. Copy the checkpoint again."

@@ -282,11 +282,11 @@ class _Plan(EnginePlan):
             start = part.flat.starts[self.parameter(name)]
             local = self.local_numel(name, self.ranks.ep)
             first, last = max(start, low), min(start + local, high)
-            if first < last:
+            if first < last or not local:
                 tensor = self.value_of(name) if state == MASTER else self.tensors[name, state]
                 dtype = DType.float32 if state == MASTER else tensor.dtype
                 base = part.ep_rank * local if isinstance(name, ExpertName) else 0
-                pieces.append(Slot(tensor, (last - first,), dtype, base + first - start))
+                pieces.append(Slot(tensor, (max(0, last - first),), dtype, base + first - start))
         return pieces
 
 

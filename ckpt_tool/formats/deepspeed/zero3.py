@@ -84,8 +84,14 @@ def _check_ranks_agree(reader: Reader, ranks: list[RankFiles]) -> None:
         if set(files.module_names) != set(first.module_names):
             differing = sorted(set(files.module_names) ^ set(first.module_names))[:5]
             raise MismatchError(f"{where} and {first.model_file} describe different models: {differing}.")
-        for name, crc in files.buffer_crcs.items():
-            if crc != first.buffer_crcs.get(name):
+        if files.optimizer_digest != first.optimizer_digest:
+            raise MismatchError(
+                f"{reader.root}/{files.optim_file} and {first.optim_file} state different options of the "
+                "optimizer's groups. The directory mixes files of different saves; copy this checkpoint "
+                "again from its origin."
+            )
+        for name in files.buffer_crcs.keys() | first.buffer_crcs.keys():
+            if files.buffer_crcs.get(name) != first.buffer_crcs.get(name):
                 raise MismatchError(
                     f"{where}: buffer {name} differs from the one in {first.model_file}. A buffer that "
                     "differs between ranks has no single value to convert."
@@ -180,6 +186,13 @@ class _Catalogue:
     def _aliases(self, named: set[str]) -> dict[str, str]:
         """Names in 'module' that are further names of a parameter: tied weights and the router."""
         aliases = dict(self._first.engine.get("shared_params") or {})
+        for alias, name in aliases.items():
+            if alias in named or name not in named:
+                raise MismatchError(
+                    f"{self._where(self._first)}: shared_params says that {alias} is {name}, but "
+                    + (f"{alias} has values of its own" if alias in named else f"{name} has no values")
+                    + ". The metadata does not fit together; copy the checkpoint again."
+                )
         modules = [entry["module_path"] for entry in self._autoep.layers.values()]
         for name in self._first.module_names:
             for module in modules:

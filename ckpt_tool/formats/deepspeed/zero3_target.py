@@ -247,7 +247,7 @@ def _cut(numel: int, count: int, own: int, base: int) -> _Share:
 
 def _slots(tensor: Tensor, share: _Share, dtype: DType) -> list[Slot | int]:
     parts: list[Slot | int] = []
-    if share.numel:
+    if share.numel or not tensor.numel:  # a tensor without elements has a place, too
         parts.append(Slot(tensor, (share.numel,), dtype, share.start))
     if share.padding:
         parts.append(share.padding)
