@@ -83,6 +83,10 @@ def print_json(value: Any) -> None:
 
 def print_fields(title: str, fields: list[tuple[str, str]]) -> None:
     """A titled two-column list."""
+    if not sys.stdout.isatty():
+        _print_plain(title, [[name, value] for name, value in fields], set())
+        return
+    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -91,11 +95,15 @@ def print_fields(title: str, fields: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in fields:
         table.add_row(name, escape(value))
-    _print(table, [[name, value] for name, value in fields])
+    Console().print(table)
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], *, right: set[str]) -> None:
     """A table; columns in ``right`` are aligned to the right."""
+    if not sys.stdout.isatty():
+        _print_plain(title, [columns, *rows], {i for i, name in enumerate(columns) if name in right})
+        return
+    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -104,22 +112,19 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], *, right:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    _print(table, [columns, *rows])
+    Console().print(table)
 
 
-def _print(table: Any, lines: list[list[str]]) -> None:
-    """A terminal folds lines at its width; a pipe gets them whole, without blanks at their ends."""
-    from rich.console import Console
-
-    if sys.stdout.isatty():
-        Console().print(table)
-        return
-    width = sum(max((len(cell) for cell in column), default=0) + 2 for column in zip(*lines, strict=True))
-    console = Console(width=max(80, width))
-    with console.capture() as captured:
-        console.print(table)
-    for line in captured.get().splitlines():
-        print(line.rstrip())  # noqa: T201
+def _print_plain(title: str, lines: list[list[str]], right: set[int]) -> None:
+    """For a pipe: whole lines in aligned columns, without blanks at their ends."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)] if lines else []
+    print(title)  # noqa: T201
+    for line in lines:
+        cells = [
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())  # noqa: T201
 
 
 def say(message: str) -> None:
