@@ -189,6 +189,7 @@ def write(self, path, offset, data):
     signal.raise_signal(signal.SIGINT)
 
 storage.LocalWriter.write = write
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 cli.main()
 """
 

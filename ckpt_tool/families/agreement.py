@@ -37,10 +37,13 @@ def _check_rows(values: Mapping[TensorName, Tensor], family: Family, text: Mappi
     fields = dict(text)
     if fields.get("head_dim") is None and fields.get("num_attention_heads") and "hidden_size" in fields:
         fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
+    decoder = f"{_decoder(values)}."  # a vision tower may use the same names, with sizes of its own
     for name, tensor in values.items():
+        if not isinstance(name, str) or not name.startswith(decoder):
+            continue
         for pattern, product in family.rows.items():
             factors = product.split()
-            if not isinstance(name, str) or not compiled(pattern).fullmatch(name):
+            if not compiled(pattern).fullmatch(name):
                 continue
             if all(type(fields.get(factor)) is int for factor in factors):
                 stated_rows = math.prod(fields[factor] for factor in factors)
@@ -105,12 +108,21 @@ def head_name(embedding: str) -> str:
 # ---- layers
 
 
-def _check_layers(values: Mapping[TensorName, Tensor], family: Family, text: Mapping[str, Any]) -> None:
+def _main_moe_layers(values: Iterable[TensorName]) -> set[str]:
+    """The layer paths of routed experts, without multi-token-prediction layers kept apart as ``mtp.*``."""
     paths = {name.layer_path for name in values if isinstance(name, ExpertName)}
-    main = {path for path in paths if not path.startswith("mtp.")}
-    parents = {path.rpartition(".")[0] for path in main}
-    parent = parents.pop() if len(parents) == 1 else "model.layers"
-    pattern = re.compile(rf"{re.escape(parent)}\.(\d+)\.")
+    return {path for path in paths if not path.startswith("mtp.")}
+
+
+def _decoder(values: Iterable[TensorName]) -> str:
+    """The path of the decoder's list of layers: the one that has experts, else ``model.layers``."""
+    parents = {path.rpartition(".")[0] for path in _main_moe_layers(values)}
+    return parents.pop() if len(parents) == 1 else "model.layers"
+
+
+def _check_layers(values: Mapping[TensorName, Tensor], family: Family, text: Mapping[str, Any]) -> None:
+    main = _main_moe_layers(values)
+    pattern = re.compile(rf"{re.escape(_decoder(values))}\.(\d+)\.")
     numbers = {int(path.rpartition(".")[2]) for path in main}
     moe = set(numbers)
     for name in values:

@@ -339,16 +339,16 @@ def test_tokenizer_and_generation_config_beside_the_config_are_carried_over(tmp_
     (model / "generation_config.json").write_text('{"max_new_tokens": 7, "do_sample": false}')
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"):
         (model / name).write_text(f'{{"this is": "{name}"}}')
-    for name in ("merges.txt", "chat_template.jinja", "tokenizer.model"):
+    for name in ("merges.txt", "chat_template.jinja", "tokenizer.model", "README.md"):
         (model / name).write_bytes(f"{name}\n\x00\xff".encode("latin-1"))
     carried = {path.name: path.read_bytes() for path in model.iterdir() if path.name != "config.json"}
-    for name in ("model.safetensors", "pytorch_model.bin", "training_args.bin", "README.md"):
+    for name in ("model.safetensors", "pytorch_model.bin", "training_args.bin"):
         (model / name).write_text("not of this model")
 
     ckpt_tool.consolidate(folder / "checkpoint", tmp_path / "out", config=model)
     found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert carried.items() <= found.items()
-    assert not {"pytorch_model.bin", "training_args.bin", "README.md"} & found.keys()
+    assert not {"pytorch_model.bin", "training_args.bin"} & found.keys()
     assert found["model.safetensors"] != b"not of this model"
     loaded = load(tmp_path / "out", "mixtral")
     assert loaded.generation_config.max_new_tokens == 7

@@ -413,9 +413,13 @@ def test_an_interrupt_leaves_only_whole_files_and_no_thread(workers: int, tmp_pa
         time.sleep(0.5)
 
     fault = Faulty(20, interrupt)
-    error, told, layout, values = run_faulty(
-        tmp_path, writer=FaultyWriter(tmp_path / "out", fault), workers=workers
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        error, told, layout, values = run_faulty(
+            tmp_path, writer=FaultyWriter(tmp_path / "out", fault), workers=workers
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert type(error) is KeyboardInterrupt
     only_whole_files(tmp_path / "out", layout, values, told)
     assert len(told) < 6
