@@ -68,22 +68,36 @@ def python_with(release: str) -> Path:
             shutil.rmtree(directory, ignore_errors=True)
             make_environment(directory, release)
             (directory / "complete").touch()
+        borrow_packages(directory)
     return directory / "bin" / "python"
 
 
 def make_environment(directory: Path, release: str) -> None:
-    """All packages of this interpreter by a .pth file, and before them the one release."""
+    """A virtual environment with that one package."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True)
-    own = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(directory)}))
-    layers = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
-    (own / "layers.pth").write_text("".join(f"{path}\n" for path in layers))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    pip += ["--no-deps", "--no-build-isolation", "--target", str(own), f"deepspeed=={release}"]
+    pip += [
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(packages_of(directory)),
+        f"deepspeed=={release}",
+    ]
     done = subprocess.run(
         pip, capture_output=True, text=True, timeout=600, env={**os.environ, "DS_ACCELERATOR": "cpu"}
     )
     if done.returncode:
         pytest.fail(f"deepspeed {release} cannot be installed: {done.stderr.strip()[-300:]}")
+
+
+def packages_of(directory: Path) -> Path:
+    return Path(sysconfig.get_path("purelib", "venv", vars={"base": str(directory)}))
+
+
+def borrow_packages(directory: Path) -> None:
+    """All else comes from this interpreter, by a .pth file: that of an earlier run may be gone by now."""
+    layers = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    (packages_of(directory) / "layers.pth").write_text("".join(f"{path}\n" for path in layers))
 
 
 @contextmanager
