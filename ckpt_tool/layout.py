@@ -7,8 +7,9 @@ executor, which know no format.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 from ckpt_tool.canonical import DType, Tensor
 
@@ -97,6 +98,39 @@ class Layout:
     source: tuple[Tensor, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+Maker = Callable[[], TargetFile]
+
+
+class LazyFiles(Sequence[TargetFile]):
+    """Files that are laid out when they are asked for, because those of a large run together hold
+    millions of chunks."""
+
+    def __init__(self, makers: Sequence[Maker]) -> None:
+        self._makers = makers
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    @overload
+    def __getitem__(self, index: int) -> TargetFile: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TargetFile]: ...
+
+    def __getitem__(self, index: int | slice) -> TargetFile | Sequence[TargetFile]:
+        if isinstance(index, slice):
+            return LazyFiles(self._makers[index])
+        return self._makers[index]()
+
+    def __iter__(self) -> Iterator[TargetFile]:
+        return (make() for make in self._makers)
+
+
+def given(file: TargetFile) -> Maker:
+    """A file that is laid out already."""
+    return lambda: file
 
 
 def text_file(path: str, text: str) -> TargetFile:

@@ -6,10 +6,10 @@ import json
 import math
 import posixpath
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import Box, DType, Region, Scalar, Tensor
 from ckpt_tool.containers.dcp_metadata import (
@@ -29,7 +29,7 @@ from ckpt_tool.errors import CoverageError
 from ckpt_tool.formats.dcp.shards import SHARDING_INFO
 from ckpt_tool.formats.deepspeed.scalars import saved_scalar
 from ckpt_tool.geometry import Axis, take
-from ckpt_tool.layout import Literal, Slot, TargetFile
+from ckpt_tool.layout import Literal, Maker, Slot, TargetFile, given
 
 
 class Placement(NamedTuple):
@@ -89,39 +89,6 @@ def _rows(region: Region | Box, shape: Sequence[int]) -> tuple[int, int]:
         return first, first + (region.counts[0] - 1) * region.steps[0] if region.origin else 0
     inner = max(1, math.prod(shape[1:]))
     return region.start // inner, max(region.start, region.start + region.numel - 1) // inner
-
-
-Maker = Callable[[], TargetFile]
-
-
-class LazyFiles(Sequence[TargetFile]):
-    """Files that are laid out when they are asked for, because those of a large run together hold
-    millions of chunks."""
-
-    def __init__(self, makers: Sequence[Maker]) -> None:
-        self._makers = makers
-
-    def __len__(self) -> int:
-        return len(self._makers)
-
-    @overload
-    def __getitem__(self, index: int) -> TargetFile: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[TargetFile]: ...
-
-    def __getitem__(self, index: int | slice) -> TargetFile | Sequence[TargetFile]:
-        if isinstance(index, slice):
-            return LazyFiles(self._makers[index])
-        return self._makers[index]()
-
-    def __iter__(self) -> Iterator[TargetFile]:
-        return (make() for make in self._makers)
-
-
-def given(file: TargetFile) -> Maker:
-    """A file that is laid out already."""
-    return lambda: file
 
 
 def check_tiled(item: Item) -> None:

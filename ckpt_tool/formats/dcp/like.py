@@ -12,11 +12,11 @@ from ckpt_tool.containers.dcp_metadata import Path
 from ckpt_tool.errors import MismatchError
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.dcp.contents import Held
-from ckpt_tool.formats.dcp.files import Item, LazyFiles, Maker, Placement, dcp_directory, sharded_model
+from ckpt_tool.formats.dcp.files import Item, Placement, dcp_directory, sharded_model
 from ckpt_tool.formats.dcp.names import Styled, styled
 from ckpt_tool.formats.dcp.options import group_options
 from ckpt_tool.formats.dcp.reader import Hint
-from ckpt_tool.layout import Layout
+from ckpt_tool.layout import Layout, LazyFiles, Maker
 
 
 @dataclass(frozen=True, slots=True)

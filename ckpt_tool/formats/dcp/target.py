@@ -17,11 +17,8 @@ from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.dcp.experts import is_stacked
 from ckpt_tool.formats.dcp.files import (
     Item,
-    LazyFiles,
-    Maker,
     Placement,
     dcp_directory,
-    given,
     sharded_model,
 )
 from ckpt_tool.formats.dcp.grid import GridChunk, dense_grid, expert_grid
@@ -30,7 +27,7 @@ from ckpt_tool.formats.dcp.like import like_layout
 from ckpt_tool.formats.dcp.names import TITAN, Styled, dialect_of, styled
 from ckpt_tool.formats.dcp.options import merged_groups
 from ckpt_tool.formats.dcp.reader import Hint
-from ckpt_tool.layout import Layout, TargetFile
+from ckpt_tool.layout import Layout, LazyFiles, Maker, TargetFile, given
 
 SCHEMES: Mapping[str, Scheme] = {
     "torchtitan": Scheme("torchtitan", (), ("optimizer",), flat=True),

@@ -11,8 +11,8 @@ What a loader needs was measured with deepspeed 0.19.8 (runtime/zero/stage_1_and
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from functools import partial
+from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import MASTER, Checkpoint, DType, ExpertName, Role, TensorName
 from ckpt_tool.containers.pickle_records import opaque
@@ -26,7 +26,7 @@ from ckpt_tool.formats.deepspeed.groups import SubGroup
 from ckpt_tool.formats.deepspeed.saved_objects import compute_dtype, saved_objects, shape_type
 from ckpt_tool.formats.deepspeed.scalars import saved_scalar
 from ckpt_tool.formats.deepspeed.topology import target_ranks
-from ckpt_tool.layout import Layout, Slot, TargetFile, text_file
+from ckpt_tool.layout import Layout, LazyFiles, Slot, TargetFile, text_file
 
 _WEIGHTS = {"w1": "gate", "w2": "down", "w3": "up"}
 
@@ -46,53 +46,33 @@ class Zero12Target:
         plan.check_supported()
         tag = f"global_step{checkpoint.training.step or 0}"
         return Layout(
-            _Files(plan, self._stage, tag), checkpoint.tensors, plan.left_out(), notes(checkpoint)
+            _files(plan, self._stage, tag), checkpoint.tensors, plan.left_out(), notes(checkpoint)
         )
 
 
-class _Files(Sequence[TargetFile]):
-    """Each file made when it is asked for: the model, the experts, the ranks, ``latest``."""
+def _files(plan: _Plan, stage: int, tag: str) -> LazyFiles:
+    """The model, the experts, the ranks, ``latest``."""
 
-    def __init__(self, plan: _Plan, stage: int, tag: str) -> None:
-        self._plan, self._stage, self._tag = plan, stage, tag
-        self._experts = [
-            (number, expert)
-            for number, layer in enumerate(plan.checkpoint.moe_layers)
-            for expert in range(layer.num_experts)
-        ]
-        self._ranks = 0 if plan.options.weights_only else plan.ranks.world
+    def model() -> TargetFile:
+        return torch_file(f"{tag}/mp_rank_00_model_states.pt", plan.model(stage))
 
-    def __len__(self) -> int:
-        return 1 + len(self._experts) + self._ranks + 1
+    def expert(layer: int, number: int) -> TargetFile:
+        name = f"layer_{layer}_expert_{number}_mp_rank_00_model_states.pt"
+        return torch_file(f"{tag}/{name}", plan.expert(layer, number))
 
-    @overload
-    def __getitem__(self, index: int) -> TargetFile: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[TargetFile]: ...
-
-    def __getitem__(self, index: int | slice) -> TargetFile | Sequence[TargetFile]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        if index == 0:
-            name = "mp_rank_00_model_states.pt"
-            return torch_file(f"{self._tag}/{name}", self._plan.model(self._stage))
-        index -= 1
-        if index < len(self._experts):
-            layer, expert = self._experts[index]
-            name = f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
-            return torch_file(f"{self._tag}/{name}", self._plan.expert(layer, expert))
-        rank = index - len(self._experts)
-        if rank == self._ranks:
-            return text_file("latest", self._tag)
-        prefix = "bf16_" if self._plan.saved.bf16 else ""
+    def optimizer(rank: int) -> TargetFile:
+        prefix = "bf16_" if plan.saved.bf16 else ""
         name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        return torch_file(f"{self._tag}/{name}", self._plan.optimizer(rank, self._stage))
+        return torch_file(f"{tag}/{name}", plan.optimizer(rank, stage))
 
-    def __iter__(self) -> Iterator[TargetFile]:
-        return (self[index] for index in range(len(self)))
+    experts = [
+        partial(expert, number, index)
+        for number, layer in enumerate(plan.checkpoint.moe_layers)
+        for index in range(layer.num_experts)
+    ]
+    ranks = 0 if plan.options.weights_only else plan.ranks.world
+    optimizers = [partial(optimizer, rank) for rank in range(ranks)]
+    return LazyFiles([model, *experts, *optimizers, partial(text_file, "latest", tag)])
 
 
 class _Part(NamedTuple):

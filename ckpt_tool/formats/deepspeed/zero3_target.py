@@ -12,10 +12,10 @@ runtime/engine.py ``_save_checkpoint``, runtime/zero/stage3.py ``_rigid_state_di
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
-from typing import Any, overload
+from typing import Any
 
 from ckpt_tool.canonical import MASTER, Checkpoint, DType, ExpertName, Tensor, TensorName
 from ckpt_tool.containers.torch_zip import Flat, torch_file
@@ -27,7 +27,7 @@ from ckpt_tool.formats.deepspeed.partition import partition_size
 from ckpt_tool.formats.deepspeed.saved_objects import saved_objects, shape_type
 from ckpt_tool.formats.deepspeed.scalars import saved_scalar
 from ckpt_tool.formats.deepspeed.topology import target_ranks
-from ckpt_tool.layout import Layout, Slot, TargetFile, text_file
+from ckpt_tool.layout import Layout, LazyFiles, Slot, TargetFile, text_file
 
 
 class Zero3Target:
@@ -43,40 +43,22 @@ class Zero3Target:
         tag = PurePath(checkpoint.root).name
         if checkpoint.format != self.name:
             tag = f"global_step{checkpoint.training.step or 0}"
-        return Layout(_Files(plan, tag), checkpoint.tensors, plan.left_out(), notes(checkpoint))
+        return Layout(_files(plan, tag), checkpoint.tensors, plan.left_out(), notes(checkpoint))
 
 
-class _Files(Sequence[TargetFile]):
-    """Two files per rank and ``latest``, each made when it is asked for."""
+def _files(plan: _Plan, tag: str) -> LazyFiles:
+    """Two files per rank and ``latest``."""
 
-    def __init__(self, plan: _Plan, tag: str) -> None:
-        self._plan, self._tag = plan, tag
+    def model(rank: int) -> TargetFile:
+        return torch_file(f"{tag}/zero_pp_rank_{rank}_mp_rank_00_model_states.pt", plan.model(rank))
 
-    def __len__(self) -> int:
-        return 2 * self._plan.ranks.world + 1
+    def optimizer(rank: int) -> TargetFile:
+        prefix = "bf16_" if plan.saved.bf16 else ""
+        name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        return torch_file(f"{tag}/{name}", plan.optimizer(rank))
 
-    @overload
-    def __getitem__(self, index: int) -> TargetFile: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[TargetFile]: ...
-
-    def __getitem__(self, index: int | slice) -> TargetFile | Sequence[TargetFile]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        rank, kind = divmod(index, 2)
-        if rank == self._plan.ranks.world:
-            return text_file("latest", self._tag)
-        name = f"zero_pp_rank_{rank}_mp_rank_00"
-        if kind == 0:
-            return torch_file(f"{self._tag}/{name}_model_states.pt", self._plan.model(rank))
-        prefix = "bf16_" if self._plan.saved.bf16 else ""
-        return torch_file(f"{self._tag}/{prefix}{name}_optim_states.pt", self._plan.optimizer(rank))
-
-    def __iter__(self) -> Iterator[TargetFile]:
-        return (self[index] for index in range(len(self)))
+    makers = [partial(make, rank) for rank in range(plan.ranks.world) for make in (model, optimizer)]
+    return LazyFiles([*makers, partial(text_file, "latest", tag)])
 
 
 @dataclass(frozen=True, slots=True)
