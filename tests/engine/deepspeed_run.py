@@ -6,25 +6,22 @@ once and forks one process per rank. Ranks meet over gloo on the loopback device
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fnmatch
 import importlib
 import importlib.metadata
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.engine.processes import end_in_time, failure, fork_ranks, free_port, run_child
+
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _NEXT_RUN = "==== the next run ===="  # in the child's log
 MODELS = {
@@ -138,7 +135,7 @@ def run_each(
 ) -> list[RunResult | RuntimeError]:
     """Run ``specs`` one after the other in one child, which saves its seconds of imports; ``timeout``
     is that of all of them."""
-    ports = [_free_port() for _ in specs]
+    ports = [free_port() for _ in specs]
     with tempfile.TemporaryDirectory(prefix="deepspeed_run_") as scratch:
         results = [
             Path(spec.result).resolve() if spec.result else Path(scratch, f"result_{number}.json")
@@ -153,7 +150,14 @@ def run_each(
         for result in results:
             result.unlink(missing_ok=True)
         try:
-            returncode = _start(python, Path(scratch, "jobs.json"), log, timeout)
+            returncode = run_child(
+                "tests.engine.deepspeed_run",
+                [str(Path(scratch, "jobs.json"))],
+                log,
+                timeout,
+                python=python,
+                environment={"DS_ACCELERATOR": "cpu"},
+            )
         finally:
             for port in ports:
                 _remove_shared_buffers(port)
@@ -161,14 +165,9 @@ def run_each(
         return [
             RunResult(**json.loads(result.read_text()))
             if result.is_file()
-            else _failure(returncode, said[min(number + 1, len(said) - 1)])
+            else failure("deepspeed", returncode, said[min(number + 1, len(said) - 1)])
             for number, result in enumerate(results)
         ]
-
-
-def _failure(returncode: int | str, said: str) -> RuntimeError:
-    tail = "\n".join(said.splitlines()[-60:])
-    return RuntimeError(f"deepspeed run ended with {returncode}:\n{tail}")
 
 
 def _with_absolute_paths(spec: RunSpec) -> RunSpec:
@@ -181,42 +180,6 @@ def _with_absolute_paths(spec: RunSpec) -> RunSpec:
     if spec.save:
         changes["save"] = dataclasses.replace(spec.save, dir=os.path.abspath(spec.save.dir))
     return dataclasses.replace(spec, **changes)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _start(python: str, jobs: Path, log: Path, timeout: float) -> int | str:
-    """Run the child in a session of its own, so that its ranks die with it."""
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "MASTER_ADDR": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "DEEPSPEED_RUN_TIMEOUT": str(int(timeout) + 10),
-    }
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            [python, "-m", "tests.engine.deepspeed_run", str(jobs)],
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            return child.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return f"a timeout of {timeout:g} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
 
 
 def _remove_shared_buffers(port: int) -> None:
@@ -232,56 +195,13 @@ def _remove_shared_buffers(port: int) -> None:
 def main(path: str) -> int:
     ports, jobs = json.loads(Path(path).read_text())
     specs = [spec_from_dict(job) for job in jobs]
-    _end_in_time()
+    end_in_time()
     _import_engine(specs)
     failed = 0
     for port, spec in zip(ports, specs, strict=True):
         print(_NEXT_RUN, flush=True)
-        failed = _run_ranks(spec, port) or failed
+        failed = fork_ranks(spec.world, port, partial(_train, spec)) or failed
     return failed
-
-
-def _run_ranks(spec: RunSpec, port: int) -> int:
-    os.environ["MASTER_PORT"] = str(port)
-    ranks = [_fork(spec, rank) for rank in range(spec.world)]
-    failed = 0
-    while ranks:
-        pid, status = os.wait()
-        if pid not in ranks:
-            continue
-        ranks.remove(pid)
-        if status and not failed:
-            failed = os.waitstatus_to_exitcode(status) or 1
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
-    return abs(failed)
-
-
-def _fork(spec: RunSpec, rank: int) -> int:
-    pid = os.fork()
-    if pid == 0:
-        _rank_main(spec, rank)
-    return pid
-
-
-def _rank_main(spec: RunSpec, rank: int) -> NoReturn:
-    _end_in_time()
-    code = 1
-    try:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(spec.world))
-        _train(spec, rank)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _end_in_time() -> None:
-    """Nothing outlives a caller that was killed. An alarm is not inherited over a fork."""
-    signal.alarm(int(os.environ.get("DEEPSPEED_RUN_TIMEOUT", "310")))
 
 
 def _import_engine(specs: Sequence[RunSpec]) -> None:

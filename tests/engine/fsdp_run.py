@@ -8,21 +8,19 @@ are DTensors over the ep mesh and, within it, FSDP2 shards over efsdp; tokens tr
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from tests.engine.deepspeed_run import MODELS, ROOT, RunSpec, _batch, _build_model, _free_port, _global_loss
+from tests.engine.deepspeed_run import MODELS, RunSpec, _batch, _build_model, _global_loss
+from tests.engine.processes import end_in_time, failure, fork_ranks, free_port, run_child
 
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -110,39 +108,10 @@ def run_each(specs: Sequence[FsdpSpec], *, timeout: float = 240.0) -> list[FsdpR
             jobs.append(job)
         Path(scratch, "spec.json").write_text(json.dumps(jobs))
         log = Path(scratch, "log.txt")
-        code = _start(Path(scratch, "spec.json"), log, timeout)
+        code = run_child("tests.engine.fsdp_run", [str(Path(scratch, "spec.json"))], log, timeout)
         if code != 0:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
-            raise RuntimeError(f"fsdp run ended with {code}:\n{tail}")
+            raise failure("fsdp", code, log.read_text(errors="replace"))
         return [FsdpResult(**json.loads(result.read_text())) for result in results]
-
-
-def _start(spec: Path, log: Path, timeout: float) -> int | str:
-    environment = {
-        **os.environ,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "MASTER_ADDR": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "FSDP_RUN_TIMEOUT": str(int(timeout) + 10),
-    }
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tests.engine.fsdp_run", str(spec)],
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            return child.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return f"a timeout of {timeout:g} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
 
 
 # ---- the child: imports once, forks the ranks
@@ -150,7 +119,7 @@ def _start(spec: Path, log: Path, timeout: float) -> int | str:
 
 def main(path: str) -> int:
     specs = [FsdpSpec(**job) for job in json.loads(Path(path).read_text())]
-    _end_in_time()
+    end_in_time()
     import torch
     import torch.distributed.checkpoint
     import torch.distributed.fsdp
@@ -159,45 +128,11 @@ def main(path: str) -> int:
     torch.set_num_threads(1)
     for family in {spec.family for spec in specs} - {"titan"}:
         getattr(transformers, f"{MODELS[family]}ForCausalLM")
-    return next((code for code in map(_fork_ranks, specs) if code), 0)
-
-
-def _fork_ranks(spec: FsdpSpec) -> int:
-    os.environ["MASTER_PORT"] = str(_free_port())
-    ranks = []
-    for rank in range(spec.world):
-        pid = os.fork()
-        if pid == 0:
-            _rank_main(spec, rank)
-        ranks.append(pid)
-    failed = 0
-    while ranks:
-        pid, status = os.wait()
-        ranks.remove(pid)
-        if status and not failed:
-            failed = os.waitstatus_to_exitcode(status) or 1
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
-    return abs(failed)
-
-
-def _end_in_time() -> None:
-    signal.alarm(int(os.environ.get("FSDP_RUN_TIMEOUT", "250")))
-
-
-def _rank_main(spec: FsdpSpec, rank: int) -> NoReturn:
-    _end_in_time()
-    code = 1
-    try:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(spec.world))
-        _train(spec, rank)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    for spec in specs:
+        code = fork_ranks(spec.world, free_port(), partial(_train, spec))
+        if code:
+            return code
+    return 0
 
 
 # ---- a rank

@@ -1,10 +1,8 @@
 """DeepSpeed releases from the first with partition-native AutoEP on: what each saves we read, what we write
 each loads.
 
-Every release has an environment of its own, made once and kept: a virtual environment that takes all but
-DeepSpeed from the one the tests run in. CKPT_TOOL_TEST_ENVS says where (default: a directory in the user's
-cache). Extensions that DeepSpeed builds on the fly are kept apart, too: two releases in one directory
-overwrite each other's.
+Every release has an environment of its own (environments.py). Extensions that DeepSpeed builds on the fly
+are kept apart, too: two releases in one directory overwrite each other's.
 
 Before 0.19.7 an engine that is given ``model_parameters`` dies on AutoEP's replaced parameters, so none are
 given (``param_groups="module"``).
@@ -13,13 +11,7 @@ given (``param_groups="module"``).
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import importlib.metadata
 import os
-import shutil
-import subprocess
-import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +23,7 @@ import pytest
 from ckpt_tool import api
 from tests.conftest import canonical_key, raw, values_of
 from tests.engine.deepspeed_run import Load, RunResult, RunSpec, Save, run_each
+from tests.engine.environments import python_with
 from tests.formats.test_reshard import differences, load
 
 pytestmark = pytest.mark.engine
@@ -48,56 +41,6 @@ each_release = pytest.mark.parametrize("release", RELEASES)
 
 
 # ---- environments
-
-
-def cache() -> Path:
-    chosen = os.environ.get("CKPT_TOOL_TEST_ENVS")
-    if chosen:
-        return Path(chosen).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ckpt_tool_test_envs"
-
-
-def python_with(release: str) -> Path:
-    """The interpreter of an environment with that release; made where there is none yet."""
-    torch = importlib.metadata.version("torch").split("+")[0]
-    directory = cache() / f"python{sysconfig.get_python_version()}_torch{torch}_deepspeed{release}"
-    cache().mkdir(parents=True, exist_ok=True)
-    with (cache() / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (directory / "complete").exists():
-            shutil.rmtree(directory, ignore_errors=True)
-            make_environment(directory, release)
-            (directory / "complete").touch()
-        borrow_packages(directory)
-    return directory / "bin" / "python"
-
-
-def make_environment(directory: Path, release: str) -> None:
-    """A virtual environment with that one package."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    pip += [
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        str(packages_of(directory)),
-        f"deepspeed=={release}",
-    ]
-    done = subprocess.run(
-        pip, capture_output=True, text=True, timeout=600, env={**os.environ, "DS_ACCELERATOR": "cpu"}
-    )
-    if done.returncode:
-        pytest.fail(f"deepspeed {release} cannot be installed: {done.stderr.strip()[-300:]}")
-
-
-def packages_of(directory: Path) -> Path:
-    return Path(sysconfig.get_path("purelib", "venv", vars={"base": str(directory)}))
-
-
-def borrow_packages(directory: Path) -> None:
-    """All else comes from this interpreter, by a .pth file: that of an earlier run may be gone by now."""
-    layers = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
-    (packages_of(directory) / "layers.pth").write_text("".join(f"{path}\n" for path in layers))
 
 
 @contextmanager
@@ -131,7 +74,7 @@ class Release:
         return outcome
 
     def run(self, release: str, specs: dict[str, RunSpec]) -> None:
-        python = str(python_with(release))
+        python = str(python_with(f"deepspeed=={release}"))
         with extensions_apart(release):
             found = run_each(list(specs.values()), python=python, timeout=600)
         self.outcomes |= dict(zip(specs, found, strict=True))
