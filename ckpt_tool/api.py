@@ -23,7 +23,7 @@ import xxhash
 from ckpt_tool import __version__
 from ckpt_tool.canonical import Checkpoint, DType
 from ckpt_tool.commit import MANIFEST, Staging, occupied, read_manifest
-from ckpt_tool.comparison import Verdict, check, check_replicas, compare
+from ckpt_tool.comparison import Verdict, check_replicas, compare
 from ckpt_tool.duplicates import Copies, find_copies
 from ckpt_tool.errors import ExecutionError, MismatchError, UnreadableError, UsageError
 from ckpt_tool.execute.budget import MIB, Budget
@@ -36,6 +36,7 @@ from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.deepspeed.module_order import with_module_order
 from ckpt_tool.formats.hf.quantised import refuse_unreadable
 from ckpt_tool.formats.registry import SOURCES, TARGETS, locate, open_checkpoint
+from ckpt_tool.integrity import check
 from ckpt_tool.plan import Plan, make_plan
 from ckpt_tool.storage import LocalReader, LocalWriter, Reader
 

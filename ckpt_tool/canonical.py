@@ -266,11 +266,13 @@ class TrainingState:
 
 class SourceFile(NamedTuple):
     """A file of the source. ``fingerprint`` changes when its content does and costs no data to read
-    (for torch archives: a hash of the zip directory, which holds a CRC-32 of every record)."""
+    (for torch archives: a hash of the zip directory, which holds a CRC-32 of every record). ``archives``
+    says where torch archives lie in it: (offset, length) in bytes."""
 
     path: str
     size: int
     fingerprint: str
+    archives: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -1,8 +1,5 @@
-"""Reading to judge: are two checkpoints the same, and is one as it was written?
-
-Two checkpoints are compared canonically: tensor by tensor, state by state, bit for bit, whatever their
-formats and topologies. One checkpoint is compared with what it says about itself: coverage of every
-tensor, its manifest's checksums, and the CRC-32 of every record of torch's archives.
+"""Are two checkpoints the same? Canonically: tensor by tensor, state by state, bit for bit, whatever their
+formats and topologies. And are the copies of one tensor inside a checkpoint the same?
 """
 
 from __future__ import annotations
@@ -13,13 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import xxhash
-from isal import isal_zlib
-
 from ckpt_tool.canonical import MASTER, WEIGHT, Box, Checkpoint, Region, Tensor, TensorName
-from ckpt_tool.commit import JOURNAL, MANIFEST, Manifest
 from ckpt_tool.containers.decoded import DecodingReader, real_file
-from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import CkptToolError, MismatchError, UsageError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.casts import cast
@@ -399,120 +391,3 @@ def check_replicas(checkpoint: Checkpoint, reader: Reader, budget: Budget) -> No
                     f"{tensor.element(at)}: the copies of this expert on different EP ranks differ, in "
                     f"{file_of(tensor, originals, at)} and {replica.file}. ckpt-tool does not choose."
                 )
-
-
-# ---- one checkpoint
-
-
-def check(
-    checkpoint: Checkpoint,
-    reader: Reader,
-    manifest: Manifest | None,
-    manifest_reader: Reader,
-    budget: Budget,
-    *,
-    meter: Meter,
-) -> Verdict:
-    """Check coverage, the manifest's checksums, and the CRC-32 of every record of torch's archives."""
-    differences: list[Difference] = []
-    for tensor in checkpoint.tensors:
-        try:
-            check_disjoint(tensor)
-            pieces(tensor, 0, tensor.numel)
-        except CkptToolError as error:
-            differences.append(Difference("coverage", str(tensor.name), str(error)))
-    try:
-        check_replicas(checkpoint, reader, budget)
-    except MismatchError as error:
-        differences.append(Difference("value", "replicas", str(error)))
-    notes = []
-    work: list[_Stretch] = []
-    if manifest is not None:
-        for file in manifest.files:
-            if _size(manifest_reader, file.path) == file.size:
-                work += [
-                    _Stretch(manifest_reader, file.path, extent.offset, extent.length, extent.xxh3, None)
-                    for extent in file.extents
-                ]
-            else:
-                message = f"{file.path} is missing or not of {file.size} bytes, which {MANIFEST} states"
-                differences.append(Difference("checksum", file.path, message))
-        listed = {file.path for file in manifest.files} | {MANIFEST, JOURNAL}
-        differences += [
-            Difference("extra", path, f"{path} is not in {MANIFEST}: it was added afterwards")
-            for path in _all_files(manifest_reader)
-            if path not in listed
-        ]
-    archives = [source.path for source in checkpoint.files if source.path.endswith(".pt")]
-    unchecked = 0
-    for path in archives:
-        archive = TorchArchive(reader, path)
-        for name, info in archive.records().items():
-            if info.file_size and not info.CRC:
-                unchecked += 1  # torch was told not to compute it
-                continue
-            offset = archive.record_offset(name)
-            work.append(_Stretch(reader, path, offset, info.file_size, None, info.CRC))
-    if manifest is None:
-        notes.append(
-            f"No {MANIFEST}: contents were checked against the archives' own CRC-32."
-            if archives
-            else f"No {MANIFEST}, and the format has no checksums: only structure was checked."
-        )
-    if unchecked:
-        notes.append(f"{unchecked} records were saved without a CRC-32 and could not be checked by it.")
-    meter.start(sum(stretch.length for stretch in work))
-    lock = threading.Lock()
-
-    def one(buffer: memoryview, stretch: _Stretch) -> None:
-        if not _matches(stretch, buffer, meter):
-            kind = "checksum in the manifest" if stretch.crc is None else "CRC-32"
-            message = (
-                f"{stretch.path}: bytes from {stretch.offset} on do not have the {kind} stated for them"
-            )
-            with lock:
-                differences.append(Difference("checksum", stretch.path, message))
-
-    in_parallel(iter(work), lambda: memoryview(bytearray(budget.tile)), one, budget.workers)
-    total = sum(stretch.length for stretch in work)
-    return Verdict(len(checkpoint.tensors), total, tuple(sorted(differences)), tuple(notes))
-
-
-def _size(reader: Reader, path: str) -> int | None:
-    try:
-        return reader.size(path)
-    except CkptToolError:
-        return None
-
-
-def _all_files(reader: Reader, directory: str = "") -> Iterator[str]:
-    for name in reader.list(directory):
-        path = f"{directory}/{name}" if directory else name
-        if reader.is_directory(path):
-            yield from _all_files(reader, path)
-        else:
-            yield path
-
-
-class _Stretch(NamedTuple):
-    """Bytes whose checksum is stated somewhere."""
-
-    reader: Reader
-    path: str
-    offset: int
-    length: int
-    xxh3: str | None
-    crc: int | None
-
-
-def _matches(stretch: _Stretch, buffer: memoryview, meter: Meter) -> bool:
-    crc, digest = 0, xxhash.xxh3_64()
-    for low in range(0, stretch.length, len(buffer)):
-        data = buffer[: min(len(buffer), stretch.length - low)]
-        stretch.reader.read_into(stretch.path, stretch.offset + low, data)
-        if stretch.crc is not None:
-            crc = isal_zlib.crc32(data, crc)
-        else:
-            digest.update(data)
-        meter.add(len(data))
-    return crc == stretch.crc if stretch.crc is not None else digest.hexdigest() == stretch.xxh3

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckpt_tool import api
-from ckpt_tool.canonical import DType
+from ckpt_tool.canonical import DType, Tensor
 from ckpt_tool.errors import UsageError
 from tests import synthetic
 from tests.conftest import ZERO3, canonical_key, checkpoint_of, config_of, copy_fixture, raw
+from tests.formats.dcp_tools import CHECKPOINTS
 from tests.synthetic import Layer, Model, Save, uniform
 
 LAYER = Layer(0, uniform(4, 2), 3, 5)
@@ -396,6 +397,37 @@ def test_a_flipped_byte_of_a_rank_file_breaks_its_crc(tmp_path: Path) -> None:
     (difference,) = api.verify(tag).differences
     assert difference.kind == "checksum"
     assert optim(tag, 1).name in difference.message
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_flipped_byte_in_any_chunk_of_a_dcp_checkpoint_breaks_its_crc(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(CHECKPOINTS[name], source)
+    checkpoint = api.open(source)
+    whole = api.verify(source)
+    assert whole.passed
+    assert whole.bytes_compared > sum(tensor.nbytes for tensor in checkpoint.tensors if in_distcp(tensor))
+    places = {
+        (region.file, region.offset)
+        for tensor in checkpoint.tensors
+        for region in tensor.regions
+        if region.file.endswith(".distcp")
+    }
+    assert places
+    for file, offset in sorted(places):
+        before = (source / file).read_bytes()
+        (source / file).write_bytes(flipped(before, offset))
+        found = [each for each in api.verify(source).differences if each.kind == "checksum"]
+        assert [each.name for each in found] == [file]
+        (source / file).write_bytes(before)
+
+
+def in_distcp(tensor: Tensor) -> bool:
+    return all(region.file.endswith(".distcp") for region in tensor.regions)
+
+
+def flipped(data: bytes, offset: int) -> bytes:
+    return data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
 
 
 def test_an_archive_without_crcs_is_not_called_damaged(tmp_path: Path) -> None:

@@ -8,16 +8,12 @@ caffe2/serialize/inline_container.cc). A storage's bytes therefore lie in one pi
 from __future__ import annotations
 
 import binascii
-import io
 import struct
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import xxhash
-
-from ckpt_tool.canonical import DType, Region, SourceFile, Tensor, contiguous
+from ckpt_tool.canonical import DType, Region, Tensor, contiguous
 from ckpt_tool.containers import pickle_writer, pickles
 from ckpt_tool.containers.pickle_records import (
     Opaque,
@@ -26,51 +22,23 @@ from ckpt_tool.containers.pickle_records import (
     has_storage,
     map_containers,
 )
+from ckpt_tool.containers.stored_zip import LOCAL_HEADER, StoredZip
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.geometry import row_major
 from ckpt_tool.layout import CrcSlot, Fill, Literal, Slot, TargetFile, whole
 from ckpt_tool.storage import Reader
 
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
 _ALIGNMENT = 64  # torch aligns storages to this, relative to the start of the archive
 _ZIP64_LIMIT = 0xFFFFFFFF
-_CHUNK = 1 << 20
-_SAMPLE = 4096
 
 
-class _FileView(io.RawIOBase):
-    """A seekable view of a range of a stored file for the zip module."""
-
-    def __init__(self, reader: Reader, path: str, base: int, size: int) -> None:
-        self._reader, self._path, self._base, self._size, self._position = reader, path, base, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base = {0: 0, 1: self._position, 2: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._size - self._position))
-        self._reader.read_into(self._path, self._base + self._position, memoryview(buffer)[:count])
-        self._position += count
-        return count
-
-
-class TorchArchive:
+class TorchArchive(StoredZip):
     """One file written by ``torch.save``, known by its directory; data is only described.
 
-    ``offset`` and ``length`` say where in the file the archive lies: a .distcp file is many archives
-    back to back. ``extra`` is passed on to ``pickles.loads``.
+    ``root`` is what was saved, tensors as ``TensorRecord``. ``offset`` and ``length`` say where in the file
+    the archive lies: a .distcp file is many archives back to back. ``extra`` is passed on to
+    ``pickles.loads``.
 
     Raises:
         UnreadableError: the file is missing, truncated, or no torch archive.
@@ -86,89 +54,14 @@ class TorchArchive:
         *,
         extra: Mapping[tuple[str, str], Any] | None = None,
     ) -> None:
-        self.path = path
-        self._reader, self._base = reader, offset
-        self.where = f"{reader.root}/{path}" + (f" at byte {offset}" if length is not None else "")
-        held = reader.size(path)
-        self.size = held if length is None else length
-        if offset + self.size > held:
-            raise UnreadableError(
-                f"{self.where}: {self.size} bytes should lie here, the file has {held}: truncated while "
-                "copying or saving."
-            )
-        try:
-            view = _FileView(reader, path, offset, self.size)
-            archive = zipfile.ZipFile(io.BufferedReader(view, 4096))
-        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise UnreadableError(
-                f"{self.where} is not a complete torch archive ({error}): truncated while copying or "
-                "saving, or another kind of file. Copy it again from where it was saved."
-            ) from error
-        self._records = {self._inner_name(info.filename): info for info in archive.infolist()}
-        directory = reader.read(path, offset + archive.start_dir, self.size - archive.start_dir)
-        self.source = SourceFile(path, self.size, self._fingerprint(directory))
-        for name, info in self._records.items():
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-                raise UnreadableError(f"{self.where}: record {name} is compressed; torch stores.")
-        if "byteorder" in self._records and self.read_record("byteorder") != b"little":
+        super().__init__(reader, path, offset, length)
+        if "byteorder" in self.records and self.read_record("byteorder") != b"little":
             raise UnreadableError(f"{self.where} was saved on a big-endian machine; not supported.")
         self.root: Any = pickles.loads(self.read_record("data.pkl"), where=self.where, extra=extra)
 
-    def _fingerprint(self, directory: bytes) -> str:
-        """Of the directory, and where it states no CRCs of the first bytes of every record."""
-        digest = xxhash.xxh3_64(directory)
-        for name, info in sorted(self._records.items()):
-            if not info.CRC and info.file_size:
-                length = min(_SAMPLE, info.file_size)
-                digest.update(self._reader.read(self.path, self.record_offset(name), length))
-        return digest.hexdigest()
-
-    def _inner_name(self, name: str) -> str:
-        return name.split("/", 1)[-1]
-
-    def _info(self, name: str) -> zipfile.ZipInfo:
-        try:
-            return self._records[name]
-        except KeyError:
-            raise UnreadableError(
-                f"{self.where} has no record {name}: not a torch archive, or a damaged one."
-            ) from None
-
-    def read_record(self, name: str) -> bytes:
-        """The bytes of a small record."""
-        info = self._info(name)
-        return self._reader.read(self.path, self.record_offset(name), info.file_size)
-
-    def record_offset(self, name: str) -> int:
-        """Where a record's data begins in the file; its local header alone knows the padding."""
-        info = self._info(name)
-        header = self._reader.read(self.path, self._base + info.header_offset, _LOCAL_HEADER.size)
-        signature, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-        if signature != b"PK\x03\x04" or start + info.file_size > self.size:
-            raise UnreadableError(
-                f"{self.where}: record {name} is not where the directory says. The file is damaged; copy "
-                "it again from where it was saved."
-            )
-        return self._base + int(start)
-
-    def records(self) -> Mapping[str, zipfile.ZipInfo]:
-        return self._records
-
     def storage_crc(self, record: TensorRecord) -> int:
-        """The CRC-32 of a tensor's storage: as the archive states it, else computed.
-
-        torch can be told not to compute them (``set_crc32_options``) and then writes zeros.
-        """
-        name = f"data/{record.storage.key}"
-        info = self._info(name)
-        if info.CRC or not info.file_size:
-            return info.CRC
-        crc, start = 0, self.record_offset(name)
-        for low in range(0, info.file_size, _CHUNK):
-            length = min(_CHUNK, info.file_size - low)
-            crc = binascii.crc32(self._reader.read(self.path, start + low, length), crc)
-        return crc
+        """The CRC-32 of a tensor's storage: as the archive states it, else computed."""
+        return self.record_crc(f"data/{record.storage.key}")
 
     def offset_of(self, record: TensorRecord) -> int:
         """Byte offset of a contiguous tensor's first element in the file.
@@ -188,9 +81,9 @@ class TorchArchive:
         storage = record.storage
         name = f"data/{storage.key}"
         itemsize = 1 if storage.dtype is None else storage.dtype.itemsize
-        if self._info(name).file_size != storage.numel * itemsize:
+        if self.info(name).file_size != storage.numel * itemsize:
             raise UnreadableError(
-                f"{self.where}: record {name} has {self._info(name).file_size} bytes; its tensor "
+                f"{self.where}: record {name} has {self.info(name).file_size} bytes; its tensor "
                 f"needs {storage.numel * itemsize}. The file is damaged; copy it again from where it was "
                 "saved."
             )
@@ -345,13 +238,13 @@ class _ZipBuilder:
         large, far = size >= self._limit, start >= self._limit
         zip64 = struct.pack("<HHQQ", 1, 16, size, size) if large else b""
         # the rest of the way to the alignment is an extra field that readers skip ("FB", as torch)
-        fixed = start + _LOCAL_HEADER.size + len(encoded) + len(zip64) + 4
+        fixed = start + LOCAL_HEADER.size + len(encoded) + len(zip64) + 4
         padding = -fixed % _ALIGNMENT
         extra = zip64 + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         stated = _ZIP64_LIMIT if large else size
         version = 45 if large or far else 20
         self._put(
-            _LOCAL_HEADER.pack(
+            LOCAL_HEADER.pack(
                 b"PK\x03\x04", version, 0x800, 0, 0, 0x21, crc, stated, stated,
                 len(encoded), len(extra),
             )

@@ -53,7 +53,7 @@ def check_archive(path: Path) -> None:
         assert len(set(names)) == len(names)
         assert all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
     mine = opened(path)
-    for name in mine.records():
+    for name in mine.records:
         assert mine.record_offset(name) % 64 == 0, name
     if UNZIP:
         done = subprocess.run([UNZIP, "-tqq", str(path)], capture_output=True, text=True)
@@ -86,7 +86,7 @@ def test_reads_views_of_shared_storages(tmp_path: Path) -> None:
     }
     torch.save(views, tmp_path / "a.pt")
     archive = opened(tmp_path / "a.pt")
-    assert len([name for name in archive.records() if name.startswith("data/")]) == 1
+    assert len([name for name in archive.records if name.startswith("data/")]) == 1
     reader = LocalReader(tmp_path)
     for name, view in views.items():
         found = archive.tensor(name, "weight", archive.root[name])

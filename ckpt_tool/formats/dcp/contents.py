@@ -217,7 +217,7 @@ def _open_all(reader: Reader, metadata: Metadata, copies: Iterable[_Copy]) -> di
         if not record.shape and record.dtype in _NUMBERS:
             scalar = scalar_state(archive, record)
         offset = archive.strided_offset_of(record) if record.numel else 0
-        crc = archive.records()[f"data/{record.storage.key}"].CRC or None
+        crc = archive.info(f"data/{record.storage.key}").CRC or None
         if stored in computed:
             crc = archive.storage_crc(record)
         return _Opened(record, archive.where, fingerprint, offset, crc, scalar)
@@ -334,7 +334,12 @@ def _metadata_source(reader: Reader, path: str) -> SourceFile:
 
 
 def _sources(reader: Reader, opened: Mapping[Stored, _Opened]) -> list[SourceFile]:
-    digests: dict[str, xxhash.xxh3_64] = {}
-    for stored, archive in sorted(opened.items(), key=lambda item: item[0]):
-        digests.setdefault(stored.file, xxhash.xxh3_64()).update(archive.fingerprint.encode())
-    return [SourceFile(path, reader.size(path), digest.hexdigest()) for path, digest in digests.items()]
+    by_file: dict[str, list[Stored]] = {}
+    for stored in sorted(opened):
+        by_file.setdefault(stored.file, []).append(stored)
+    found = []
+    for path, archives in by_file.items():
+        digest = xxhash.xxh3_64("".join(opened[stored].fingerprint for stored in archives).encode())
+        places = tuple((stored.offset, stored.length) for stored in archives)
+        found.append(SourceFile(path, reader.size(path), digest.hexdigest(), places))
+    return found
