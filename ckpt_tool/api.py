@@ -9,36 +9,30 @@ All raise ``ckpt_tool.CkptToolError`` with a message a user can act on.
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from ckpt_tool import __version__
 from ckpt_tool.canonical import Checkpoint, DType
-from ckpt_tool.commit import MANIFEST, Staging, occupied, read_manifest
+from ckpt_tool.commit import manifest_root, occupied, read_manifest
 from ckpt_tool.comparison import Verdict, check_replicas, compare
+from ckpt_tool.conversion import Execution as Execution
+from ckpt_tool.conversion import carry_out, refuse_own_source, refuse_strangers
 from ckpt_tool.duplicates import Copies, find_copies
-from ckpt_tool.errors import ExecutionError, MismatchError, UnreadableError, UsageError
-from ckpt_tool.execute.budget import MIB, Budget
-from ckpt_tool.execute.local import execute
-from ckpt_tool.execute.meter import Meter, Silent
+from ckpt_tool.errors import UsageError
 from ckpt_tool.families import family_of
 from ckpt_tool.families.autoep import to_autoep
 from ckpt_tool.families.naming import to_hub
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.deepspeed.module_order import with_module_order
 from ckpt_tool.formats.hf.quantised import refuse_unreadable
-from ckpt_tool.formats.registry import SOURCES, TARGETS, locate, open_checkpoint
+from ckpt_tool.formats.registry import TARGETS, open_checkpoint
 from ckpt_tool.integrity import check
-from ckpt_tool.plan import Plan, make_plan
-from ckpt_tool.storage import LocalReader, LocalWriter, Reader
+from ckpt_tool.model_files import find_config, read_config, read_json
+from ckpt_tool.plan import make_plan
+from ckpt_tool.storage import LocalReader
 
 PathLike = str | os.PathLike[str]
 
@@ -52,33 +46,12 @@ _TAKES = {
     "zero2": _ZERO,
     "zero1": _ZERO,
     "dcp": frozenset({"--ep", "--world", "--like", "--style", "--weights-only"}),
-    "hf": frozenset({"--style", "--max-shard-size"}),
+    "hf": frozenset({"--hf-layout", "--max-shard-size"}),
 }
 # Targets that are the same at any topology.
 _WITHOUT_RANKS = frozenset({"universal", "hf"})
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-DEFAULT_MAX_MEMORY = 1024 * MIB
-# Beside its weights, what a published model directory consists of.
-_CARRIED_OVER = re.compile(
-    r"(README|LICEN[CS]E|NOTICE|USE_POLICY|tokenizer|vocab|audio|image_processor|chat_template)"
-    r"|(configuration|modeling|tokenization)_\w+\.py$|.*\.(tiktoken|model|spm|jinja)$|merges\.txt$"
-    r"|(generation_config|special_tokens_map|added_tokens|(pre|video_pre)?processor_config|params)\.json$"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """How to carry out a plan: the memory all buffers may hold together (bytes), threads, durability."""
-
-    max_memory: int = DEFAULT_MAX_MEMORY
-    workers: int | None = None
-    fsync: bool = True
-    overwrite: bool = False
-    meter: Meter = field(default_factory=Silent)
-
-    def budget(self) -> Budget:
-        return Budget.share(self.max_memory, self.workers or default_workers())
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +75,6 @@ class Result:
         return self.bytes_written
 
 
-def default_workers() -> int:
-    """Two threads per core hide the latency of storage; more than eight gain nothing on one machine."""
-    return min(8, 2 * (os.cpu_count() or 1))
-
-
 def open(path: PathLike) -> Checkpoint:
     """Read the catalogue of a checkpoint: metadata only, whatever its size."""
     reader, checkpoint = open_checkpoint(Path(path))
@@ -123,6 +91,7 @@ def convert(
     world: int | None = None,
     like: PathLike | None = None,
     style: str | None = None,
+    hf_layout: str | None = None,
     dtype: str | None = None,
     weights_only: bool = False,
     config: PathLike | None = None,
@@ -139,7 +108,8 @@ def convert(
         to: a target of ``formats.registry``: ``universal``, ``zero3``, ``hf``, ...
         ep, world: the target's expert-parallel size and number of ranks; by default the source's.
         like: a checkpoint that the target run saved itself; its layout is filled with the source's values.
-        style: a dialect of the target format.
+        style: a dialect of DCP: torchtitan, accelerate, plain or transformers.
+        hf_layout: safetensors in the published form (``hub``) or transformers' own in memory (``fused``).
         dtype: cast floats to ``fp32``, ``bf16`` or ``fp16``; None keeps what is stored.
         weights_only: leave optimizer state out.
         config: a model's ``config.json``, or a directory with one.
@@ -157,8 +127,8 @@ def convert(
     if to not in TARGETS:
         raise UsageError(f"--to {to!r} is not a target; choose from {', '.join(sorted(TARGETS))}.")
     given = {
-        "--ep": ep, "--world": world, "--like": like, "--style": style, "--weights-only": weights_only,
-        "--ds-config": ds_config, "--keep-groups": keep_groups,
+        "--ep": ep, "--world": world, "--like": like, "--style": style, "--hf-layout": hf_layout,
+        "--weights-only": weights_only, "--ds-config": ds_config, "--keep-groups": keep_groups,
         "--max-shard-size": max_shard_bytes != DEFAULT_SHARD_BYTES,
     }  # fmt: skip
     useless = sorted(name for name, value in given.items() if value and name not in _TAKES[to])
@@ -168,13 +138,13 @@ def convert(
     reader, checkpoint = open_checkpoint(Path(source))
     try:
         seen = {file.path: reader.signature(file.path) for file in checkpoint.files}
-        model_config, extra = _config(Path(source), config)
+        model_config, extra = find_config(Path(source), config)
         template = open(like) if like is not None else None
         refuse_unreadable(checkpoint.tensors)
         if to in _DEEPSPEED:
             checkpoint = _under_module_names(checkpoint, model_config, template)
             if to != "universal" and template is None and not checkpoint.module_names:
-                run_config = _read_json(Path(ds_config)) if ds_config is not None else {}
+                run_config = read_json(Path(ds_config)) if ds_config is not None else {}
                 checkpoint = with_module_order(checkpoint, model_config or {}, run_config, ep or 1)
         options = TargetOptions(
             dtype=parse_dtype(dtype),
@@ -186,21 +156,22 @@ def convert(
             ep=ep,
             like=template,
             style=style,
-            ds_config=_read_json(Path(ds_config)) if ds_config is not None else None,
+            hf_layout=hf_layout,
+            ds_config=read_json(Path(ds_config)) if ds_config is not None else None,
             weights_only=weights_only,
         )
         layout = TARGETS[to].layout(checkpoint, options)
         plan = make_plan(layout)
         destination = Path(os.path.abspath(target))  # noqa: PTH100 (keep symlinks as the user wrote them)
         verdict = None
-        _refuse_own_source(Path(reader.root), destination)
+        refuse_own_source(Path(reader.root), destination)
         if how.overwrite:
-            _refuse_strangers(destination)
+            refuse_strangers(destination)
         if dry_run and not how.overwrite and occupied(destination):
             raise UsageError(f"{destination} exists. Choose another destination, or pass --overwrite.")
         if not dry_run:
             check_replicas(checkpoint, reader, budget)
-            verdict = _carry_out(
+            verdict = carry_out(
                 plan, reader, checkpoint, seen, destination, to, options, how, budget, verify
             )
     finally:
@@ -263,6 +234,7 @@ def consolidate(
     target: PathLike,
     *,
     dtype: str | None = "fp32",
+    hf_layout: str | None = None,
     config: PathLike | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     verify: bool = False,
@@ -275,6 +247,7 @@ def consolidate(
         target,
         to="hf",
         dtype=dtype,
+        hf_layout=hf_layout,
         config=config,
         max_shard_bytes=max_shard_bytes,
         verify=verify,
@@ -294,7 +267,7 @@ def find_copied_experts(
     how = how or Execution()
     reader, checkpoint = open_checkpoint(Path(source))
     try:
-        found, _ = _config(Path(source), config)
+        found, _ = find_config(Path(source), config)
         if found is not None and not checkpoint.moe_layers:
             checkpoint = to_hub(checkpoint, family_of(found))
         if not checkpoint.moe_layers:
@@ -320,7 +293,7 @@ def verify(
     reader, checkpoint = open_checkpoint(Path(a))
     try:
         if b is None:
-            root = LocalReader(_manifest_root(Path(reader.root)))
+            root = LocalReader(manifest_root(Path(reader.root)))
             try:
                 manifest = read_manifest(Path(root.root))
                 return check(checkpoint, reader, manifest, root, budget, meter=how.meter)
@@ -328,7 +301,7 @@ def verify(
                 root.close()
         other_reader, other = open_checkpoint(Path(b))
         try:
-            found = _read_config(Path(config)) if config is not None else None
+            found = read_config(Path(config)) if config is not None else None
             return compare(checkpoint, other, (reader, other_reader), budget, config=found, meter=how.meter)
         finally:
             other_reader.close()
@@ -345,181 +318,6 @@ def parse_dtype(name: str | None) -> DType | None:
     if name not in known:
         raise UsageError(f"--dtype {name!r} is not one of keep, fp32, bf16, fp16.")
     return known[name]
-
-
-# ---- carrying out
-
-
-def _carry_out(
-    plan: Plan,
-    reader: Reader,
-    checkpoint: Checkpoint,
-    seen: Mapping[str, tuple[int, ...]],
-    destination: Path,
-    to: str,
-    options: TargetOptions,
-    how: Execution,
-    budget: Budget,
-    verify_result: bool,
-) -> Verdict | None:
-    if verify_result:
-        _verify_source(reader, checkpoint, budget)
-    staging = Staging(
-        destination,
-        _identity(plan, checkpoint, to, options),
-        overwrite=how.overwrite,
-        fsync=how.fsync,
-    )
-    verdict = None
-    try:
-        left = plan.bytes_written - sum(file.size for file in staging.done.values())
-        _check_disk(staging.path, left)
-        how.meter.start(left)
-        execute(
-            plan,
-            reader,
-            LocalWriter(staging.path, fsync=how.fsync),
-            budget,
-            meter=how.meter,
-            skip=staging.is_done,
-            on_file=staging.add,
-        )
-        if verify_result:
-            kept = checkpoint.select(
-                tensor for tensor in checkpoint.tensors if tensor.label() not in plan.layout.left_out
-            )
-            verdict = _verify_result(plan, staging.path, reader, kept, options, budget, how)
-        for path, signature in seen.items():
-            if reader.signature(path) != signature:
-                raise ExecutionError(
-                    f"{reader.root}/{path} changed while it was read. Nothing was published; run the "
-                    "command again once nothing writes to the source."
-                )
-        staging.publish()
-    finally:
-        staging.close()
-    return verdict
-
-
-def _verify_source(reader: Reader, checkpoint: Checkpoint, budget: Budget) -> None:
-    """Damage in the source would be copied faithfully; its archives' CRCs tell."""
-    verdict = check(checkpoint, reader, None, reader, budget, meter=Silent())
-    if not verdict.passed:
-        raise UnreadableError(
-            f"The source is damaged: {verdict.differences[0].message} ({len(verdict.differences)} in all). "
-            "Copy it again from where it was saved."
-        )
-
-
-def _verify_result(
-    plan: Plan,
-    path: Path,
-    reader: Reader,
-    checkpoint: Checkpoint,
-    options: TargetOptions,
-    budget: Budget,
-    how: Execution,
-) -> Verdict:
-    written_reader, written = open_checkpoint(path)
-    try:
-        verdict = compare(
-            checkpoint,
-            written,
-            (reader, written_reader),
-            budget,
-            config=options.config,
-            rounded=options.dtype is not None or bool(plan.casts),
-            meter=how.meter,
-        )
-    finally:
-        written_reader.close()
-    if not verdict.passed:
-        raise ExecutionError(
-            f"The result is not what was converted: {verdict.differences[0].message} "
-            f"({len(verdict.differences)} differences). Nothing was published; what was written is in "
-            f"{path}. This is a bug in ckpt-tool or failing storage."
-        )
-    return verdict
-
-
-def _identity(plan: Plan, checkpoint: Checkpoint, to: str, options: TargetOptions) -> dict[str, Any]:
-    """What makes two runs the same conversion; also the head of the manifest. No paths, no times."""
-    digest = xxhash.xxh3_128()
-    for file in sorted(checkpoint.files):
-        digest.update(f"{file.path}\0{file.size}\0{file.fingerprint}\n".encode())
-    for target in plan.files:
-        digest.update(f"{target.path}\0{target.size}\n".encode())
-        for literal in target.literals:
-            digest.update(literal.data)
-        for fill in target.fills:
-            digest.update(f"{fill.offset} {fill.tensor.label()} {fill.start} {fill.dtype}\n".encode())
-    return {
-        "tool": f"ckpt-tool {__version__}",
-        "source": {
-            "format": checkpoint.format,
-            "name": Path(checkpoint.root).name,
-            "step": checkpoint.training.step,
-            "bytes": sum(file.size for file in checkpoint.files),
-            "files": len(checkpoint.files),
-        },
-        "parameters": {
-            "to": to,
-            "dtype": str(options.dtype or "keep"),
-            "max_shard_bytes": options.max_shard_bytes,
-            "keep_groups": options.keep_groups,
-            "ep": options.ep,
-            "world": options.world,
-            "style": options.style,
-            "weights_only": options.weights_only,
-        },
-        "identity": digest.hexdigest(),
-    }
-
-
-def _check_disk(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path).free
-    if needed > free:
-        raise ExecutionError(
-            f"{path.parent}: the result needs {needed} bytes, the disk has {free} free. Free some space "
-            "or choose another destination."
-        )
-
-
-def _refuse_own_source(source: Path, destination: Path) -> None:
-    resolved, root = destination.resolve(), source.resolve()
-    if resolved == root or resolved in root.parents:
-        raise UsageError(f"{destination} contains the source; it would be replaced. Choose another.")
-    if root in resolved.parents:
-        raise UsageError(f"{destination} is inside the source, which is only read. Choose another.")
-
-
-def _refuse_strangers(destination: Path) -> None:
-    """``--overwrite`` replaces checkpoints, and nothing else that happens to have the name."""
-    if not occupied(destination):
-        return
-    if destination.is_symlink() or not destination.is_dir():
-        raise UsageError(f"{destination} is not a directory; --overwrite replaces checkpoints only.")
-    if (destination / MANIFEST).is_file():
-        return
-    try:
-        reader = LocalReader(locate(destination))
-    except UnreadableError:
-        reader = LocalReader(destination)
-    if not any(known.recognises(reader) for known in SOURCES):
-        raise UsageError(
-            f"{destination} is no checkpoint; --overwrite replaces checkpoints only. Remove it yourself, "
-            "or choose another destination."
-        )
-
-
-def _manifest_root(directory: Path) -> Path:
-    """A Universal checkpoint's manifest lies beside its tag file, one level up."""
-    if not (directory / MANIFEST).is_file() and (directory.parent / MANIFEST).is_file():
-        return directory.parent
-    return directory
-
-
-# ---- the model's config
 
 
 def _under_module_names(
@@ -541,47 +339,3 @@ def _under_module_names(
             "run's. Pass --config with the model's config.json, which tells the family."
         )
     return to_autoep(checkpoint, family_of(config))
-
-
-def _config(source: Path, given: PathLike | None) -> tuple[Mapping[str, Any] | None, dict[str, bytes]]:
-    """The config to use, and the small files beside it that are carried over.
-
-    Without ``--config``: a config.json in the checkpoint's directory or the one above, where trainers
-    put it.
-    """
-    if given is not None:
-        path = Path(given)
-        return _read_config(path), _beside(path) if path.is_dir() else {}
-    root = locate(source)
-    for directory in (root, root.parent):
-        if (directory / "config.json").is_file():
-            return _read_config(directory), _beside(directory)
-    return None, {}
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    file = path / "config.json" if path.is_dir() else path
-    config = _read_json(file)
-    if "model_type" not in config:
-        raise MismatchError(f"{file} has no model_type, so it does not say which model this is.")
-    return config
-
-
-def _read_json(file: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{file} does not exist.") from None
-    except (ValueError, OSError) as error:
-        raise UnreadableError(f"{file} is not readable JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UnreadableError(f"{file} holds no JSON object.")
-    return value
-
-
-def _beside(directory: Path) -> dict[str, bytes]:
-    return {
-        entry.name: entry.read_bytes()
-        for entry in sorted(directory.iterdir())
-        if entry.is_file() and _CARRIED_OVER.match(entry.name)
-    }

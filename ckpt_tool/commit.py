@@ -186,6 +186,13 @@ class Manifest:
     files: tuple[WrittenFile, ...]
 
 
+def manifest_root(directory: Path) -> Path:
+    """A Universal checkpoint's manifest lies beside its tag file, one level up."""
+    if not (directory / MANIFEST).is_file() and (directory.parent / MANIFEST).is_file():
+        return directory.parent
+    return directory
+
+
 def read_manifest(directory: Path) -> Manifest | None:
     """The manifest of a directory; None where it has none.
 

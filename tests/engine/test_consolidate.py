@@ -16,19 +16,12 @@ from typing import Any
 import pytest
 
 import ckpt_tool
-from tests.engine.deepspeed_run import RunSpec, Save, build_config, run, spec_from_dict
+from tests.engine.deepspeed_run import RunSpec, Save, build_config, run
+from tests.engine.deepspeed_tools import FIXTURES, fixture_spec, same_bits, zero3_fixtures
 
 pytestmark = pytest.mark.engine
 
-FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "deepspeed"
-
-
-def fixture_spec(name: str) -> RunSpec:
-    return spec_from_dict(json.loads((FIXTURES / name / "made_with.json").read_text())["spec"])
-
-
-NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/made_with.json"))
-NAMES = [name for name in NAMES if fixture_spec(name).zero_stage == 3]
+NAMES = zero3_fixtures()
 each_fixture = pytest.mark.parametrize("name", NAMES)
 
 
@@ -111,15 +104,6 @@ def stored(directory: Path) -> dict[str, Any]:
         assert not part.keys() & tensors.keys()
         tensors |= part
     return tensors
-
-
-def same_bits(a: Any, b: Any) -> bool:
-    import torch
-
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    one, other = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
-    return bool(torch.equal(one, other))
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +23,12 @@ import pytest
 from ckpt_tool import api
 from ckpt_tool.formats.deepspeed import groups
 from tests.conftest import raw
-from tests.engine.deepspeed_run import STATES, Load, RunResult, RunSpec, Save, run_each, spec_from_dict
+from tests.engine.deepspeed_run import STATES, Load, RunResult, RunSpec, Save, run_each
+from tests.engine.deepspeed_tools import FIXTURES, ds_to_universal, facts, fixture_spec
 from tests.formats.test_reshard import differences, load
 
 pytestmark = pytest.mark.engine
 
-FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "deepspeed"
 TAG = "global_step2"
 CLIENT_STATE = {"step": 2, "note": "hello"}
 
@@ -106,16 +103,8 @@ def spec_of(shape: str, topology: tuple[int, int]) -> RunSpec:
     return dataclasses.replace(SHAPES[shape], world=world, ep=ep)
 
 
-def fixture_spec(name: str) -> RunSpec:
-    return spec_from_dict(json.loads((FIXTURES / name / "made_with.json").read_text())["spec"])
-
-
 def client_state_of(name: str) -> dict[str, Any]:
     return json.loads((FIXTURES / name / "made_with.json").read_text())["client_state"]
-
-
-def facts(name: str) -> dict[str, Any]:
-    return json.loads((FIXTURES / name / "oracle" / "oracle.json").read_text())
 
 
 # From one stage to another: (fixture, new stage, world, ep).
@@ -268,29 +257,6 @@ LIGHT_LOADS: dict[str, dict[str, Any]] = {
     "load_module_only": {"module_only": True, "optimizer_states": False},
     "load_optimizer_states=False": {"optimizer_states": False},
 }
-
-_DS_TO_UNIVERSAL = """
-import json, sys
-from deepspeed.checkpoint import ds_to_universal
-for source, target in json.load(sys.stdin):
-    sys.argv = ["ds_to_universal", "--input_folder", source, "--output_folder", target]
-    sys.argv += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    ds_to_universal.main(ds_to_universal.parse_arguments())
-"""
-
-
-def ds_to_universal(jobs: list[tuple[Path, Path]]) -> None:
-    """DeepSpeed's own converter, once for all: (tag directory, new directory)."""
-    child = subprocess.run(
-        [sys.executable, "-c", _DS_TO_UNIVERSAL],
-        input=json.dumps([[str(source), str(target)] for source, target in jobs]),
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
-
 
 # ---- losses
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import pickletools
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,38 +21,24 @@ from tests.engine.deepspeed_run import (
     Save,
     run,
     run_each,
-    spec_from_dict,
+)
+from tests.engine.deepspeed_tools import (
+    FIXTURES,
+    ds_to_universal,
+    facts,
+    fixture_spec,
+    read,
+    same_bits,
+    tensor_in,
+    zero3_fixtures,
 )
 
 pytestmark = pytest.mark.engine
 
-FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "deepspeed"
-
-
-def fixture_spec(name: str) -> RunSpec:
-    return spec_from_dict(json.loads((FIXTURES / name / "made_with.json").read_text())["spec"])
-
-
-NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/made_with.json"))
-NAMES = [name for name in NAMES if fixture_spec(name).zero_stage == 3]
+NAMES = zero3_fixtures()
 each_fixture = pytest.mark.parametrize("name", NAMES)
 
-# ds_to_universal's own command line, for many checkpoints in one interpreter.
-_DS_TO_UNIVERSAL = """
-import json, sys
-from deepspeed.checkpoint import ds_to_universal
-for source, target in json.load(sys.stdin):
-    sys.argv = ["ds_to_universal", "--input_folder", source, "--output_folder", target]
-    sys.argv += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    ds_to_universal.main(ds_to_universal.parse_arguments())
-"""
-
-
 # ---- what is compared
-
-
-def facts(name: str) -> dict[str, Any]:
-    return json.loads((FIXTURES / name / "oracle" / "oracle.json").read_text())
 
 
 def oracle(folder: Path, kind: str) -> dict[str, Any]:
@@ -66,45 +49,12 @@ def oracle(folder: Path, kind: str) -> dict[str, Any]:
     return load_file(path) if path.is_file() else {}
 
 
-def read(path: Path) -> Any:
-    import torch
-
-    return torch.load(path, weights_only=True)
-
-
-def tensor_in(path: Path) -> Any:
-    """The tensor of a parameter's file: bare, or in a dict."""
-    value = read(path)
-    return value["param"] if isinstance(value, dict) else value
-
-
-def same_bits(a: Any, b: Any) -> bool:
-    import torch
-
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    one, other = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
-    return bool(torch.equal(one, other))
-
-
 def parameters(tag_directory: Path) -> set[str]:
     return {path.name for path in (tag_directory / "zero").iterdir() if path.is_dir()}
 
 
 def tag_of(directory: Path) -> Path:
     return directory / (directory / "latest_universal").read_text()
-
-
-def ds_to_universal(jobs: list[tuple[Path, Path]]) -> None:
-    child = subprocess.run(
-        [sys.executable, "-c", _DS_TO_UNIVERSAL],
-        input=json.dumps([[str(source), str(target)] for source, target in jobs]),
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,54 +11,22 @@ import pytest
 import ckpt_tool
 from ckpt_tool import api
 from ckpt_tool.canonical import Checkpoint
-from tests.engine.deepspeed_run import STATES, Load, RunResult, RunSpec, Save, run_each, spec_from_dict
+from tests.engine.deepspeed_run import STATES, Load, RunResult, RunSpec, Save, run_each
+from tests.engine.deepspeed_tools import (
+    FIXTURES,
+    ds_to_universal,
+    facts,
+    fixture_spec,
+    read,
+    same_bits,
+    tensor_in,
+)
 
 pytestmark = pytest.mark.engine
 
-FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "deepspeed"
 ZERO12 = ("mixtral_z2_w4e2", "mixtral_z1_bf16_w2e2", "deepseek_v3_z2_w2e1", "dense_z2_w3")
 NAMES = (*ZERO12, "mixtral_z0_w2e2")
 MASTERS = {"fp32": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-
-# ds_to_universal's own command line; plain checkpoints lack what --inject_missing_state puts in
-_DS_TO_UNIVERSAL = """
-import json, sys
-from deepspeed.checkpoint import ds_to_universal
-for source, target in json.load(sys.stdin):
-    sys.argv = ["ds_to_universal", "--input_folder", source, "--output_folder", target]
-    sys.argv += ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
-    ds_to_universal.main(ds_to_universal.parse_arguments())
-"""
-
-
-def fixture_spec(name: str) -> RunSpec:
-    return spec_from_dict(json.loads((FIXTURES / name / "made_with.json").read_text())["spec"])
-
-
-def facts(name: str) -> Any:
-    return json.loads((FIXTURES / name / "oracle" / "oracle.json").read_text())
-
-
-def read(path: Path) -> Any:
-    import torch
-
-    return torch.load(path, weights_only=True)
-
-
-def value(path: Path) -> Any:
-    """The tensor of a parameter's file: bare, or in a dict."""
-    content = read(path)
-    return content["param"] if isinstance(content, dict) else content
-
-
-def same_bits(a: Any, b: Any) -> bool:
-    import torch
-
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    one, other = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
-    return bool(torch.equal(one, other))
-
 
 # ---- our Universal directories and DeepSpeed's
 
@@ -81,17 +45,10 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every fixture of stages 1 and 2 as ds_to_universal converts it (the tag directory)."""
     root = tmp_path_factory.mktemp("theirs")
     jobs = {name: root / name / "global_step2_universal" for name in ZERO12}
-    child = subprocess.run(
-        [sys.executable, "-c", _DS_TO_UNIVERSAL],
-        input=json.dumps(
-            [[str(FIXTURES / name / "checkpoint" / "global_step2"), str(job)] for name, job in jobs.items()]
-        ),
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+    ds_to_universal(
+        [(FIXTURES / name / "checkpoint" / "global_step2", job) for name, job in jobs.items()],
+        "--inject_missing_state",  # which plain checkpoints lack
     )
-    assert child.returncode == 0, child.stderr[-3000:]
     return jobs
 
 
@@ -148,7 +105,7 @@ def test_every_tensor_and_moment_is_what_the_engine_held(name: str, ours: dict[s
     for state in STATES:
         gathered = load_file(FIXTURES / name / "oracle" / f"{state}.safetensors")
         for parameter, tensor in gathered.items():
-            assert same_bits(value(zero / parameter / f"{state}.pt"), tensor), (parameter, state)
+            assert same_bits(tensor_in(zero / parameter / f"{state}.pt"), tensor), (parameter, state)
 
 
 # ---- the engine goes on

@@ -194,6 +194,20 @@ class EnginePlan:
     def parameter(self, name: TensorName) -> str:
         return expert_parameter(name, self.layers) if isinstance(name, ExpertName) else name
 
+    def model_entries(self, changed: Mapping[str, Any], layers: Any) -> dict[str, Any]:
+        """What a model_states file holds: the source's with ``changed`` entries and these AutoEP layers."""
+        changed = dict(changed)
+        for key in ("ds_autoep_layers", "autoep_layers"):
+            if self.saved.model.get(key) is not None:
+                changed[key] = layers
+        info = self.saved.model.get("universal_checkpoint_info")
+        if info is not None and "ds_autoep_layers" in info:
+            changed["universal_checkpoint_info"] = {**info, "ds_autoep_layers": layers}
+        per_rank = self.checkpoint.training.per_rank
+        return {
+            key: changed.get(key, value) for key, value in self.saved.model.items() if key not in per_rank
+        }
+
     def new_config(self, config: Any, stage: int) -> Any:
         """The run's config with the new EP size and ZeRO stage in it."""
         if self.options.ds_config is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,12 +18,9 @@ from ckpt_tool.canonical import DType, Scalar, SourceFile, Tensor
 from ckpt_tool.containers.pickle_records import Opaque, TensorRecord
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import UnreadableError
+from ckpt_tool.formats.deepspeed.file_names import MODEL, OPTIMIZER, files_by_rank, require_all
 from ckpt_tool.formats.deepspeed.scalars import scalar_state
 from ckpt_tool.storage import Reader
-
-_FILE = re.compile(
-    r"(?P<prefix>bf16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<tp>\d+)_(?P<kind>model|optim)_states\.pt$"
-)
 
 # Keys the engine itself puts into a model_states file; all others are the user's client_state.
 ENGINE_KEYS = frozenset(
@@ -124,38 +120,16 @@ def file_names(reader: Reader) -> list[tuple[str, str]]:
     Raises:
         UnreadableError: a rank's file is missing, or the files are of a kind that is not read.
     """
-    found: dict[str, dict[int, str]] = {"model": {}, "optim": {}}
-    for name in reader.list():
-        match = _FILE.match(name)
-        if match is None:
-            continue
-        if int(match["tp"]) > 0:
-            raise UnreadableError(
-                f"{reader.root}/{name}: the model was also split by tensor parallelism (mp_rank "
-                f"{match['tp']}). ckpt-tool does not read AutoTP checkpoints."
-            )
-        rank, ranks = int(match["rank"]), found[match["kind"]]
-        if rank in ranks:
-            raise UnreadableError(
-                f"{reader.root}: {ranks[rank]} and {name} both claim rank {rank}. One of them is left "
-                "over from a run in another precision; remove it."
-            )
-        ranks[rank] = name
-    model, optim = found["model"], found["optim"]
+    model, optim = files_by_rank(reader, MODEL), files_by_rank(reader, OPTIMIZER)
     world = 1 + max([*model, *optim])
     prefix = "bf16_" if any(name.startswith("bf16_") for name in optim.values()) else ""
-    for rank in range(world):
-        for ranks, expected in (
-            (model, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"),
-            (optim, f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"),
-        ):
-            if rank not in ranks:
-                raise UnreadableError(
-                    f"{reader.root}/{expected} is missing: the directory has files of rank "
-                    f"{world - 1}, so it was saved by at least {world} ranks. Copy the files of all "
-                    "ranks (nodes often save to their own local disk)."
-                )
-    return [(model[rank], optim[rank]) for rank in range(world)]
+    return list(
+        zip(
+            require_all(reader, model, world, "zero_pp_rank_{rank}_mp_rank_00_model_states.pt"),
+            require_all(reader, optim, world, f"{prefix}zero_pp_rank_{{rank}}_mp_rank_00_optim_states.pt"),
+            strict=True,
+        )
+    )
 
 
 def read_ranks(reader: Reader, names: list[tuple[str, str]]) -> list[RankFiles]:

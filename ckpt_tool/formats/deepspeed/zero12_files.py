@@ -18,13 +18,13 @@ from ckpt_tool.containers.pickle_records import Opaque, TensorRecord
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.formats.deepspeed.expert_files import data_before_expert
+from ckpt_tool.formats.deepspeed.file_names import OPTIMIZER, files_by_rank, require_all
 from ckpt_tool.formats.deepspeed.flat_groups import Fragments
 from ckpt_tool.formats.deepspeed.model_file import COPY_AGAIN
 from ckpt_tool.formats.deepspeed.rank_files import FlatState
 from ckpt_tool.formats.deepspeed.scalars import scalar_state
 from ckpt_tool.storage import Reader
 
-_FILE = re.compile(r"(bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<tp>\d+)_optim_states\.pt$")
 _LOSS_SCALE = ("loss_scaler", "dynamic_loss_scale", "overflow")
 
 
@@ -62,32 +62,11 @@ def optim_file_names(reader: Reader) -> list[str]:
     Raises:
         UnreadableError: a rank's file is missing, or the files are of a kind that is not read.
     """
-    found: dict[int, str] = {}
-    for name in reader.list():
-        match = _FILE.match(name)
-        if match is None:
-            continue
-        if int(match["tp"]) > 0:
-            raise UnreadableError(
-                f"{reader.root}/{name}: the model was also split by tensor parallelism (mp_rank "
-                f"{match['tp']}). ckpt-tool does not read AutoTP checkpoints."
-            )
-        rank = int(match["rank"])
-        if rank in found:
-            raise UnreadableError(
-                f"{reader.root}: {found[rank]} and {name} both claim rank {rank}. One of them is left over "
-                "from a run in another precision; remove it."
-            )
-        found[rank] = name
-    for rank in range(len(found)):
-        if rank not in found:
-            expected = re.sub(r"rank_\d+", f"rank_{rank}", next(iter(found.values())), count=1)
-            raise UnreadableError(
-                f"{reader.root}/{expected} is missing: the directory has a file of rank {max(found)}, so "
-                f"it was saved by at least {max(found) + 1} ranks. Copy the files of all ranks (nodes "
-                "often save to their own local disk)."
-            )
-    return [found[rank] for rank in range(len(found))]
+    found = files_by_rank(reader, OPTIMIZER)
+    if not found:
+        return []
+    pattern = re.sub(r"rank_\d+", "rank_{rank}", next(iter(found.values())), count=1)
+    return require_all(reader, found, 1 + max(found), pattern)
 
 
 def read_optim_files(reader: Reader, names: Sequence[str]) -> list[OptimFile]:

@@ -144,16 +144,7 @@ class _Plan(EnginePlan):
         }
         if stage == 1:
             changed |= {"frozen_param_shapes": None, "frozen_param_fragments": None}
-        for key in ("ds_autoep_layers", "autoep_layers"):
-            if self.saved.model.get(key) is not None:
-                changed[key] = entries
-        info = self.saved.model.get("universal_checkpoint_info")
-        if info is not None and "ds_autoep_layers" in info:
-            changed["universal_checkpoint_info"] = {**info, "ds_autoep_layers": entries}
-        per_rank = self.checkpoint.training.per_rank
-        return {
-            key: changed.get(key, value) for key, value in self.saved.model.items() if key not in per_rank
-        }
+        return self.model_entries(changed, entries)
 
     def _module(self) -> OrderedDict[str, Any]:
         """Every tensor but the experts, in full, under each of its names."""

@@ -109,16 +109,7 @@ class _Plan(EnginePlan):
             "ds_config": self.new_config(self.saved.model.get("ds_config"), 3),
             "shared_params": self.saved.model.get("shared_params") if rank == 0 else {},
         }
-        for key in ("ds_autoep_layers", "autoep_layers"):
-            if self.saved.model.get(key) is not None:
-                changed[key] = entries
-        info = self.saved.model.get("universal_checkpoint_info")
-        if info is not None and "ds_autoep_layers" in info:
-            changed["universal_checkpoint_info"] = {**info, "ds_autoep_layers": entries}
-        per_rank = self.checkpoint.training.per_rank
-        return {
-            key: changed.get(key, value) for key, value in self.saved.model.items() if key not in per_rank
-        }
+        return self.model_entries(changed, entries)
 
     def _shapes(self) -> dict[TensorName, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self.values.items()}

@@ -1,0 +1,221 @@
+"""Carrying out a plan: stage, execute, compare if asked, publish; and what is never overwritten."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ckpt_tool import __version__
+from ckpt_tool.canonical import Checkpoint
+from ckpt_tool.commit import MANIFEST, Staging, occupied
+from ckpt_tool.comparison import Verdict, compare
+from ckpt_tool.errors import ExecutionError, UnreadableError, UsageError
+from ckpt_tool.execute.budget import MIB, Budget
+from ckpt_tool.execute.local import execute
+from ckpt_tool.execute.meter import Meter, Silent
+from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.registry import SOURCES, locate, open_checkpoint
+from ckpt_tool.integrity import check
+from ckpt_tool.plan import Plan
+from ckpt_tool.storage import LocalReader, LocalWriter, Reader
+
+DEFAULT_MAX_MEMORY = 1024 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How to carry out a plan: the memory all buffers may hold together (bytes), threads, durability."""
+
+    max_memory: int = DEFAULT_MAX_MEMORY
+    workers: int | None = None
+    fsync: bool = True
+    overwrite: bool = False
+    meter: Meter = field(default_factory=Silent)
+
+    def budget(self) -> Budget:
+        return Budget.share(self.max_memory, self.workers or default_workers())
+
+
+def default_workers() -> int:
+    """Two threads per core hide the latency of storage; more than eight gain nothing on one machine."""
+    return min(8, 2 * (os.cpu_count() or 1))
+
+
+def carry_out(
+    plan: Plan,
+    reader: Reader,
+    checkpoint: Checkpoint,
+    seen: Mapping[str, tuple[int, ...]],
+    destination: Path,
+    to: str,
+    options: TargetOptions,
+    how: Execution,
+    budget: Budget,
+    verify_result: bool,
+) -> Verdict | None:
+    """Write ``plan`` under ``destination``, complete or not at all; a killed run is gone on with.
+
+    Args:
+        seen: signatures of the source's files when they were planned with.
+        verify_result: check the source's checksums first and compare the result before it is published.
+
+    Raises:
+        ExecutionError: disk, storage, or the source changed.
+        UnreadableError: the source is damaged (with ``verify_result``).
+    """
+    if verify_result:
+        _verify_source(reader, checkpoint, budget)
+    staging = Staging(
+        destination,
+        _identity(plan, checkpoint, to, options),
+        overwrite=how.overwrite,
+        fsync=how.fsync,
+    )
+    verdict = None
+    try:
+        left = plan.bytes_written - sum(file.size for file in staging.done.values())
+        _check_disk(staging.path, left)
+        how.meter.start(left)
+        execute(
+            plan,
+            reader,
+            LocalWriter(staging.path, fsync=how.fsync),
+            budget,
+            meter=how.meter,
+            skip=staging.is_done,
+            on_file=staging.add,
+        )
+        if verify_result:
+            kept = checkpoint.select(
+                tensor for tensor in checkpoint.tensors if tensor.label() not in plan.layout.left_out
+            )
+            verdict = _verify_result(plan, staging.path, reader, kept, options, budget, how)
+        for path, signature in seen.items():
+            if reader.signature(path) != signature:
+                raise ExecutionError(
+                    f"{reader.root}/{path} changed while it was read. Nothing was published; run the "
+                    "command again once nothing writes to the source."
+                )
+        staging.publish()
+    finally:
+        staging.close()
+    return verdict
+
+
+def _verify_source(reader: Reader, checkpoint: Checkpoint, budget: Budget) -> None:
+    """Damage in the source would be copied faithfully; its archives' CRCs tell."""
+    verdict = check(checkpoint, reader, None, reader, budget, meter=Silent())
+    if not verdict.passed:
+        raise UnreadableError(
+            f"The source is damaged: {verdict.differences[0].message} ({len(verdict.differences)} in all). "
+            "Copy it again from where it was saved."
+        )
+
+
+def _verify_result(
+    plan: Plan,
+    path: Path,
+    reader: Reader,
+    checkpoint: Checkpoint,
+    options: TargetOptions,
+    budget: Budget,
+    how: Execution,
+) -> Verdict:
+    written_reader, written = open_checkpoint(path)
+    try:
+        verdict = compare(
+            checkpoint,
+            written,
+            (reader, written_reader),
+            budget,
+            config=options.config,
+            rounded=options.dtype is not None or bool(plan.casts),
+            meter=how.meter,
+        )
+    finally:
+        written_reader.close()
+    if not verdict.passed:
+        raise ExecutionError(
+            f"The result is not what was converted: {verdict.differences[0].message} "
+            f"({len(verdict.differences)} differences). Nothing was published; what was written is in "
+            f"{path}. This is a bug in ckpt-tool or failing storage."
+        )
+    return verdict
+
+
+def _identity(plan: Plan, checkpoint: Checkpoint, to: str, options: TargetOptions) -> dict[str, Any]:
+    """What makes two runs the same conversion; also the head of the manifest. No paths, no times."""
+    digest = xxhash.xxh3_128()
+    for file in sorted(checkpoint.files):
+        digest.update(f"{file.path}\0{file.size}\0{file.fingerprint}\n".encode())
+    for target in plan.files:
+        digest.update(f"{target.path}\0{target.size}\n".encode())
+        for literal in target.literals:
+            digest.update(literal.data)
+        for fill in target.fills:
+            digest.update(f"{fill.offset} {fill.tensor.label()} {fill.start} {fill.dtype}\n".encode())
+    return {
+        "tool": f"ckpt-tool {__version__}",
+        "source": {
+            "format": checkpoint.format,
+            "name": Path(checkpoint.root).name,
+            "step": checkpoint.training.step,
+            "bytes": sum(file.size for file in checkpoint.files),
+            "files": len(checkpoint.files),
+        },
+        "parameters": {
+            "to": to,
+            "dtype": str(options.dtype or "keep"),
+            "max_shard_bytes": options.max_shard_bytes,
+            "keep_groups": options.keep_groups,
+            "ep": options.ep,
+            "world": options.world,
+            "style": options.style,
+            "hf_layout": options.hf_layout,
+            "weights_only": options.weights_only,
+        },
+        "identity": digest.hexdigest(),
+    }
+
+
+def _check_disk(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise ExecutionError(
+            f"{path.parent}: the result needs {needed} bytes, the disk has {free} free. Free some space "
+            "or choose another destination."
+        )
+
+
+def refuse_own_source(source: Path, destination: Path) -> None:
+    """Sources are only read; UsageError where the destination is one, contains it or lies in it."""
+    resolved, root = destination.resolve(), source.resolve()
+    if resolved == root or resolved in root.parents:
+        raise UsageError(f"{destination} contains the source; it would be replaced. Choose another.")
+    if root in resolved.parents:
+        raise UsageError(f"{destination} is inside the source, which is only read. Choose another.")
+
+
+def refuse_strangers(destination: Path) -> None:
+    """``--overwrite`` replaces checkpoints, and nothing else that happens to have the name."""
+    if not occupied(destination):
+        return
+    if destination.is_symlink() or not destination.is_dir():
+        raise UsageError(f"{destination} is not a directory; --overwrite replaces checkpoints only.")
+    if (destination / MANIFEST).is_file():
+        return
+    try:
+        reader = LocalReader(locate(destination))
+    except UnreadableError:
+        reader = LocalReader(destination)
+    if not any(known.recognises(reader) for known in SOURCES):
+        raise UsageError(
+            f"{destination} is no checkpoint; --overwrite replaces checkpoints only. Remove it yourself, "
+            "or choose another destination."
+        )

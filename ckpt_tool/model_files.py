@@ -1,0 +1,68 @@
+"""The small files of a model beside its weights: ``config.json``, the tokenizer, licences."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
+from ckpt_tool.formats.registry import locate
+
+# Beside its weights, what a published model directory consists of.
+_CARRIED_OVER = re.compile(
+    r"(README|LICEN[CS]E|NOTICE|USE_POLICY|tokenizer|vocab|audio|image_processor|chat_template)"
+    r"|(configuration|modeling|tokenization)_\w+\.py$|.*\.(tiktoken|model|spm|jinja)$|merges\.txt$"
+    r"|(generation_config|special_tokens_map|added_tokens|(pre|video_pre)?processor_config|params)\.json$"
+)
+
+
+def find_config(
+    source: Path, given: str | os.PathLike[str] | None
+) -> tuple[Mapping[str, Any] | None, dict[str, bytes]]:
+    """The config to use, and the small files beside it that are carried over.
+
+    Without ``--config``: a config.json in the checkpoint's directory or the one above, where trainers
+    put it.
+    """
+    if given is not None:
+        path = Path(given)
+        return read_config(path), _beside(path) if path.is_dir() else {}
+    root = locate(source)
+    for directory in (root, root.parent):
+        if (directory / "config.json").is_file():
+            return read_config(directory), _beside(directory)
+    return None, {}
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """The ``config.json`` at ``path`` or in it; MismatchError where it has no ``model_type``."""
+    file = path / "config.json" if path.is_dir() else path
+    config = read_json(file)
+    if "model_type" not in config:
+        raise MismatchError(f"{file} has no model_type, so it does not say which model this is.")
+    return config
+
+
+def read_json(file: Path) -> Mapping[str, Any]:
+    """A JSON object; UsageError where there is no file, UnreadableError where it holds something else."""
+    try:
+        value = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{file} does not exist.") from None
+    except (ValueError, OSError) as error:
+        raise UnreadableError(f"{file} is not readable JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise UnreadableError(f"{file} holds no JSON object.")
+    return value
+
+
+def _beside(directory: Path) -> dict[str, bytes]:
+    return {
+        entry.name: entry.read_bytes()
+        for entry in sorted(directory.iterdir())
+        if entry.is_file() and _CARRIED_OVER.match(entry.name)
+    }
