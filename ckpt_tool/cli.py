@@ -60,6 +60,12 @@ Config = Annotated[
         "--config", help="The model's config.json, or a directory with it; its tokenizer is carried over."
     ),
 ]
+HfLayout = Annotated[
+    str | None,
+    typer.Option(
+        "--hf-layout", help="hub (as published, the default) or fused (as transformers holds it)."
+    ),
+]
 ShardSize = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest safetensors file.")
 ]
@@ -158,10 +164,9 @@ def convert(
     ] = None,
     style: Annotated[
         str | None,
-        typer.Option(
-            "--style", help="dcp: torchtitan, accelerate, plain or transformers. hf: hub or fused."
-        ),
+        typer.Option("--style", help="dcp: torchtitan, accelerate, plain or transformers."),
     ] = None,
+    hf_layout: HfLayout = None,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="DTYPE", help="keep, fp32, bf16 or fp16 (weights only).")
     ] = "keep",
@@ -192,6 +197,7 @@ def convert(
             world=world,
             like=like,
             style=style,
+            hf_layout=hf_layout,
             weights_only=weights_only,
             ds_config=ds_config,
             dtype=dtype,
@@ -248,6 +254,7 @@ def consolidate(
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="DTYPE", help="fp32, bf16, fp16, or keep.")
     ] = "fp32",
+    hf_layout: HfLayout = None,
     max_shard_size: ShardSize = "5GB",
     verify: VerifyResult = False,
     max_memory: MaxMemory = _MEMORY,
@@ -266,6 +273,7 @@ def consolidate(
             src,
             dst,
             dtype=dtype,
+            hf_layout=hf_layout,
             config=config,
             max_shard_bytes=parse_size(max_shard_size),
             verify=verify,

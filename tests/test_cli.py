@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import typer.main
+from safetensors.torch import load_file
 
 from ckpt_tool import __version__, api, cli, inspection
 from ckpt_tool.errors import UsageError
@@ -111,6 +112,7 @@ _ARGUMENTS: dict[str, list[str]] = {
     "missing --to": ["convert", str(MIXTRAL), "OUT"],
     "unknown format": ["convert", str(MIXTRAL), "OUT", "--to", "gguf"],
     "unknown dtype": ["consolidate", str(MIXTRAL), "OUT", "--dtype", "int4"],
+    "unknown layout": ["consolidate", str(MIXTRAL), "OUT", "--hf-layout", "megatron"],
     "no size": ["convert", str(MIXTRAL), "OUT", "--to", "universal", "--max-memory", "much"],
     "too little memory": ["convert", str(MIXTRAL), "OUT", "--to", "universal", "--max-memory", "1kB"],
     "no workers": ["convert", str(MIXTRAL), "OUT", "--to", "universal", "--workers", "0"],
@@ -375,6 +377,15 @@ def test_a_dry_run_says_that_nothing_was_written(run: Runner, tmp_path: Path) ->
     assert done.rc == 0
     assert "nothing was written" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_consolidate_into_transformers_own_layout(run: Runner, tmp_path: Path) -> None:
+    config = ("--config", config_of("mixtral_w4e2"))
+    done = run("consolidate", MIXTRAL, tmp_path / "out", *config, "--hf-layout", "fused", "--verify")
+    assert done.rc == 0, done.stderr
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names
+    assert not any("experts.0" in name for name in names)
 
 
 def test_consolidate_takes_config_and_tokenizer_from_a_directory(run: Runner, tmp_path: Path) -> None:

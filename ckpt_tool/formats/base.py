@@ -33,9 +33,9 @@ class TargetOptions:
     ``max_shard_bytes`` bounds one safetensors file; ``extra_files`` (tokenizer and the like) are
     carried over. ``keep_groups`` writes the source's optimizer group settings where the default leaves
     the target run's own in force. ``world`` and ``ep`` are the target topology, ``like`` a checkpoint
-    the target run saved itself, whose layout is taken over. ``style`` names a dialect of the target
-    format. ``ds_config`` is a DeepSpeed config that supplies what the source does not say.
-    ``weights_only`` leaves optimizer state out.
+    the target run saved itself, whose layout is taken over. ``style`` names a dialect of DCP, ``hf_layout``
+    (hub or fused) how safetensors hold experts. ``ds_config`` is a DeepSpeed config that supplies what the
+    source does not say. ``weights_only`` leaves optimizer state out.
     """
 
     dtype: DType | None = None
@@ -47,6 +47,7 @@ class TargetOptions:
     ep: int | None = None
     like: Checkpoint | None = None
     style: str | None = None
+    hf_layout: str | None = None
     ds_config: Mapping[str, Any] | None = None
     weights_only: bool = False
 

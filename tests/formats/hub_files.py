@@ -71,7 +71,7 @@ def experts(values: dict[str, torch.Tensor], layer: str, part: str = "weight") -
 def plan_for(path: Path, style: str = "hub", dtype: DType | None = None, **more: Any) -> Layout:
     reader, checkpoint = open_checkpoint(path)
     reader.close()
-    return HuggingFace().layout(checkpoint, TargetOptions(style=style, dtype=dtype, **more))
+    return HuggingFace().layout(checkpoint, TargetOptions(hf_layout=style, dtype=dtype, **more))
 
 
 def convert(source: Path, target: Path, style: str = "hub", dtype: DType | None = None) -> Layout:

@@ -22,7 +22,7 @@ Named = tuple[str, Slot]
 
 
 def layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
-    """The model's values (masters where there are any) in the form ``options.style``: ``hub``, as the
+    """The model's values (masters where there are any) in the form ``options.hf_layout``: ``hub``, as the
     family is published, or ``fused``, as transformers holds it in memory."""
     config = options.config if options.config is not None else checkpoint.model_config
     if config is None:
@@ -30,9 +30,9 @@ def layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
             "The checkpoint does not say which model it is. Pass --config with the model's "
             "config.json, or a directory that has one (its tokenizer is carried over, too)."
         )
-    style = options.style or HUB_FORM
+    style = options.hf_layout or HUB_FORM
     if style not in (HUB_FORM, FUSED_FORM):
-        raise UsageError(f"{style!r} is no form of a Hugging Face model; choose hub or fused.")
+        raise UsageError(f"--hf-layout {style!r} is no form of a Hugging Face model; choose hub or fused.")
     refuse_unreadable(checkpoint.tensors)
     family = family_of(config)
     published = to_hub(checkpoint, family)
@@ -62,7 +62,7 @@ def layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
 
 def _slots(values: Sequence[Tensor], family: Family, options: TargetOptions) -> list[Named]:
     """(name, slot) of every tensor in the order of the model."""
-    style = options.style or HUB_FORM
+    style = options.hf_layout or HUB_FORM
     return [
         (entry.name, Slot(entry.tensor, entry.shape, _dtype(entry, family, options.dtype), entry.start))
         for entry in entries(values, family, style)
