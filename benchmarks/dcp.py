@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import Job, Summary, Usage, alternate, measure, peak, ratios, remove, walls
-from run import COPY, ENV, print_table, size, tool
+from measure import Job, Place, Summary, Usage, alternate, measure, peak, ratios, remove, size, walls
+from run import COPY, ENV, print_table, tool
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "pytorch_model_fsdp_0"  # accelerate's directory of the model
@@ -183,28 +183,13 @@ def make(directory: Path, nbytes: float, world: int) -> None:
 # ---- paths and jobs
 
 
-@dataclass(frozen=True)
-class Place:
-    """The paths of one size."""
-
-    work: Path
-    gb: float
-
-    @property
-    def home(self) -> Path:
-        return self.work / f"dcp-{self.gb:g}gb"
-
-    @property
-    def source(self) -> Path:
-        return self.home / "source"
+class DcpPlace(Place):
+    """A DCP checkpoint and its values in another form."""
 
     @property
     def shards(self) -> Path:
         """The same values as sharded safetensors, each with its offset: what torch consolidates."""
         return self.home / "shards"
-
-    def out(self, name: str) -> Path:
-        return self.home / f"out-{name}"
 
     def make(self, world: int) -> None:
         if not (self.source / "config.json").is_file():  # written last
@@ -231,12 +216,12 @@ class Timed:
     peer: bool = False
 
 
-def ours(name: str, place: Place, verb: str, source: Path, *options: str) -> Job:
+def ours(name: str, place: DcpPlace, verb: str, source: Path, *options: str) -> Job:
     out = place.out(name.replace(" ", "-"))
     return Job(name, tool(verb, str(source), str(out), "--no-fsync", *options), [out])
 
 
-def jobs(place: Place, max_memory: str, target_world: int) -> list[Timed]:
+def jobs(place: DcpPlace, max_memory: str, target_world: int) -> list[Timed]:
     limit = ["--max-memory", max_memory]
     copy = place.out("cp")
     return [
@@ -246,7 +231,7 @@ def jobs(place: Place, max_memory: str, target_world: int) -> list[Timed]:
     ]
 
 
-def peers(place: Place, max_memory: str) -> Iterator[Timed]:
+def peers(place: DcpPlace, max_memory: str) -> Iterator[Timed]:
     """torch's and accelerate's tools; our job on the shards is there to be compared with."""
     model, python = str(place.source / MODEL), sys.executable
     out = place.out("dcp_to_torch")
@@ -270,7 +255,7 @@ def peers(place: Place, max_memory: str) -> Iterator[Timed]:
 # ---- tables
 
 
-def table(place: Place, timed: Sequence[Timed], pairs: int) -> Iterable[list[str]]:
+def table(place: DcpPlace, timed: Sequence[Timed], pairs: int) -> Iterable[list[str]]:
     """Times and peaks of one size, row by row, with its head."""
     yield ["job", "GB", "wall, s", "wall / cp", "its wall / ours", "CPU, s", "peak RSS, MiB"]
     found = alternate([one.job for one in timed], pairs, env=ENV)
@@ -313,7 +298,7 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, Python {platform.python_version()}, ", end="")
     print(f"{arguments.pairs} pairs, {arguments.max_memory} for ckpt-tool\n")
     for gb in arguments.gb:
-        place = Place(arguments.work.resolve(), gb)
+        place = DcpPlace(arguments.work.resolve(), gb, "dcp-")
         place.make(arguments.world)
         timed = jobs(place, arguments.max_memory, arguments.target_world)
         if arguments.peers and gb <= PEERS_UP_TO:

@@ -88,6 +88,32 @@ def measure(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> 
     return Usage(float(wall), float(cpu), int(kib) / 1024, int(read), int(written))
 
 
+@dataclass(frozen=True)
+class Place:
+    """The paths of one size, in GB (1e9 bytes), of one benchmark."""
+
+    work: Path
+    gb: float
+    name: str = ""
+
+    @property
+    def home(self) -> Path:
+        return self.work / f"{self.name}{self.gb:g}gb"
+
+    @property
+    def source(self) -> Path:
+        return self.home / "source"
+
+    def out(self, name: str) -> Path:
+        return self.home / f"out-{name}"
+
+
+def size(path: Path) -> float:
+    """Of a file or directory, in GB."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e9
+
+
 def remove(paths: Sequence[Path]) -> None:
     """Remove files and directories, those that exist."""
     for path in paths:

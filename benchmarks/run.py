@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import Job, Usage, alternate, measure, peak, ratios, remove, walls
+from measure import Job, Place, Usage, alternate, measure, peak, ratios, remove, size, walls
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKE = Path(__file__).resolve().with_name("make_checkpoint.py")
@@ -37,20 +37,8 @@ ENV = {
 COPY = ("cp", "-r", "--reflink=never")
 
 
-@dataclass(frozen=True)
-class Place:
-    """The paths of one size."""
-
-    work: Path
-    gb: float
-
-    @property
-    def home(self) -> Path:
-        return self.work / f"{self.gb:g}gb"
-
-    @property
-    def source(self) -> Path:
-        return self.home / "source"
+class ZeroPlace(Place):
+    """A ZeRO-3 checkpoint and the model consolidated from it."""
 
     @property
     def tag(self) -> Path:
@@ -60,9 +48,6 @@ class Place:
     def fp32(self) -> Path:
         """The published fp32 model: what the copies that consolidation is compared with copy."""
         return self.home / "fp32"
-
-    def out(self, name: str) -> Path:
-        return self.home / f"out-{name}"
 
     def make(self, world: int, ep: int) -> None:
         if not (self.source / "config.json").is_file():  # written last
@@ -79,7 +64,7 @@ def tool(verb: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "ckpt_tool", verb, *arguments, "--quiet"]
 
 
-def command(job: str, place: Place, out: Path, *options: str) -> list[str]:
+def command(job: str, place: ZeroPlace, out: Path, *options: str) -> list[str]:
     """ckpt-tool's command of a job."""
     if job == "universal":
         return tool("convert", str(place.source), str(out), "--to", "universal", *options)
@@ -92,14 +77,9 @@ def command(job: str, place: Place, out: Path, *options: str) -> list[str]:
     raise ValueError(job)
 
 
-def copied(job: str, place: Place) -> Path:
+def copied(job: str, place: ZeroPlace) -> Path:
     """What ``cp -r`` copies for comparison: as many bytes as the job reads."""
     return place.tag if job in OF_THE_WHOLE_SOURCE else place.fp32
-
-
-def size(path: Path) -> float:
-    """Of a file or directory, in GB."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e9
 
 
 @dataclass(frozen=True)
@@ -127,7 +107,7 @@ class Row:
         ]
 
 
-def time_job(job: str, place: Place, pairs: int, *, fsync: bool, peer: bool) -> Row:
+def time_job(job: str, place: ZeroPlace, pairs: int, *, fsync: bool, peer: bool) -> Row:
     """Run a job, its copy and its peer in turn."""
     ours, theirs, peers = (place.out(name) for name in ("tool", "copy", "peer"))
     copy = [*COPY, str(copied(job, place)), str(theirs)]
@@ -146,7 +126,9 @@ def time_job(job: str, place: Place, pairs: int, *, fsync: bool, peer: bool) -> 
     return Row(label, size(copied(job, place)), found["tool"], found["copy"], found.get("peer", ()))
 
 
-def times(places: Sequence[Place], jobs: Sequence[str], pairs: int, *, peer: bool) -> Iterable[list[str]]:
+def times(
+    places: Sequence[ZeroPlace], jobs: Sequence[str], pairs: int, *, peer: bool
+) -> Iterable[list[str]]:
     """The table of times, row by row, with its head."""
     yield [
         "job", "GB read", "ckpt-tool, s", "cp, s", "ckpt-tool / cp", "peak RSS, MiB",
@@ -163,7 +145,7 @@ def times(places: Sequence[Place], jobs: Sequence[str], pairs: int, *, peer: boo
         remove([place.fp32])
 
 
-def memory(places: Sequence[Place]) -> Iterable[list[str]]:
+def memory(places: Sequence[ZeroPlace]) -> Iterable[list[str]]:
     """The table of peaks at several budgets, row by row, with its head."""
     yield ["job", *(f"{size(place.tag):.1f} GB, {budget}" for place in places for budget in BUDGETS)]
     cells: dict[str, list[str]] = {name: [] for name in (*JOBS, "verify")}
@@ -209,7 +191,7 @@ def main() -> None:
         (arguments.gb, lambda p: times(p, arguments.jobs, arguments.pairs, peer=arguments.peer)),
         (arguments.memory_gb, memory),
     ):
-        places = [Place(work, gb) for gb in sizes]
+        places = [ZeroPlace(work, gb) for gb in sizes]
         for place in places:
             place.make(arguments.world, arguments.ep)
         if places:
@@ -217,7 +199,7 @@ def main() -> None:
             print()
     if not arguments.keep:
         for gb in {*arguments.gb, *arguments.memory_gb}:
-            shutil.rmtree(Place(work, gb).home, ignore_errors=True)
+            shutil.rmtree(ZeroPlace(work, gb).home, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,12 @@ MODELS = {
     "qwen3_moe": "Qwen3Moe",
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
+    "qwen3_5_moe": "Qwen3_5Moe",
+    "minimax_m3": "MiniMaxM3VL",
     "dense": "Llama",
 }
+# where not the model's name and "Config": AutoEP takes the text models of these alone
+_CONFIGS = {"qwen3_5_moe": "Qwen3_5MoeTextConfig", "minimax_m3": "MiniMaxM3VLTextConfig"}
 
 
 @dataclass(frozen=True)
@@ -281,7 +285,7 @@ def build_config(spec: RunSpec) -> Any:
         values["head_dim"] = 8
     if spec.family == "mixtral":
         values["num_local_experts"] = spec.experts
-    if spec.family in ("qwen2_moe", "qwen3_moe"):
+    if spec.family in ("qwen2_moe", "qwen3_moe", "qwen3_5_moe"):
         values |= {
             "num_experts": spec.experts,
             "moe_intermediate_size": spec.intermediate,
@@ -289,8 +293,25 @@ def build_config(spec: RunSpec) -> Any:
             "norm_topk_prob": True,
             "head_dim": 8,
         }
-    if spec.family == "qwen2_moe":
+    if spec.family in ("qwen2_moe", "qwen3_5_moe"):
         values["shared_expert_intermediate_size"] = spec.intermediate + 2
+    if spec.family == "qwen3_5_moe":
+        values |= {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        }
+    if spec.family == "minimax_m3":
+        values |= {
+            "num_local_experts": spec.experts,
+            "num_experts_per_tok": 2,
+            "dense_intermediate_size": spec.intermediate + 8,
+            "shared_intermediate_size": spec.intermediate + 2,
+            "mlp_layer_types": ["dense", "sparse"],
+            "head_dim": 8,
+        }
     if spec.family in ("deepseek_v2", "deepseek_v3"):
         values |= {
             "n_routed_experts": spec.experts,
@@ -309,7 +330,8 @@ def build_config(spec: RunSpec) -> Any:
             "topk_group": 1,
         }
     name = MODELS[spec.family]
-    config = getattr(transformers, f"{name}Config")(**(values | spec.model_config))
+    kind = getattr(transformers, _CONFIGS.get(spec.family, f"{name}Config"))
+    config = kind(**(values | spec.model_config))
     config.architectures = [f"{name}ForCausalLM"]
     return config
 
@@ -482,7 +504,8 @@ def _result(engine: Any, losses: list[float], client_state: dict[str, Any]) -> R
 
 
 def _gather_oracle(engine: Any, folder: Path, rank: int, facts: dict[str, Any]) -> None:
-    """Write every parameter's master and moments as the engine itself puts them together."""
+    """Write every parameter's master and moments as the engine itself puts them together; there are no
+    moments before the first step."""
     from safetensors.torch import save_file
 
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
@@ -492,10 +515,11 @@ def _gather_oracle(engine: Any, folder: Path, rank: int, facts: dict[str, Any]) 
     tensors: dict[str, dict[str, Any]] = {state: {} for state in STATES}
     tensors |= {"frozen": {}, "buffers": {}}
     order = []
+    states = STATES if engine.global_steps else STATES[:1]
     for name, parameter in engine.module.named_parameters():
         order.append(name)
         if parameter.requires_grad:
-            for state in STATES:
+            for state in states:
                 tensors[state][name] = _full_state(engine, parameter, state)
         elif hasattr(parameter, "ds_id"):
             with _deepspeed().zero.GatheredParameters([parameter]):

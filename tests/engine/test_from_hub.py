@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import ckpt_tool
 from tests.engine.deepspeed_run import Load, RunSpec, run, spec_from_dict
@@ -45,6 +46,30 @@ def test_order_from_transformers_is_the_engines_own(name: str, tmp_path: Path) -
         g.parameters for g in engine.training.param_groups
     ]
     assert made.aliases == engine.aliases
+
+
+def test_model_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    """What no file holds would be whatever the run was initialised with."""
+    source = FIXTURES / "mixtral_w4e2"
+    ckpt_tool.consolidate(source / "checkpoint", tmp_path / "model", config=source / "config.json")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file)
+    with pytest.raises(ckpt_tool.CkptToolError, match=r"\['model\.norm\.weight'\] \(1 in all\).*has not"):
+        ckpt_tool.convert(tmp_path / "model", tmp_path / "start", to="zero3", world=2, ep=2)
+
+
+def test_without_transformers_the_order_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = FIXTURES / "mixtral_w4e2"
+    ckpt_tool.consolidate(source / "checkpoint", tmp_path / "model", config=source / "config.json")
+    (tmp_path / "without" / "transformers").mkdir(parents=True)
+    (tmp_path / "without" / "transformers" / "__init__.py").write_text("raise ImportError('not here')")
+    monkeypatch.syspath_prepend(tmp_path / "without")
+    with pytest.raises(ckpt_tool.CkptToolError, match="Install transformers"):
+        ckpt_tool.convert(tmp_path / "model", tmp_path / "start", to="zero3", world=2, ep=2)
 
 
 @pytest.mark.parametrize(

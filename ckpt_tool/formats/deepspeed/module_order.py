@@ -1,8 +1,7 @@
-"""The order of a model's parameters, for sources that do not record it: from transformers, on no device.
+"""The order of a model's parameters, for sources that do not record it: that of transformers' model.
 
 A ZeRO file does not name what it holds, so the order decides. Published files and DCP have none of their
-own: the model is built from its config on torch's meta device, where it takes no memory, and its modules
-tell.
+own: the modules of the model that transformers builds from its config tell.
 AutoEP puts router, experts and shared experts in the place of each MoE block (deepspeed 0.19.8,
 module_inject/auto_ep_layer.py); passed to ``initialize`` as a list of parameters, routers come last in
 their group, because they are new parameters (runtime/engine.py).
@@ -15,8 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.canonical import Checkpoint, ExpertName, ParamGroup, Role, TensorName
-from ckpt_tool.errors import MismatchError, UsageError
+from ckpt_tool.errors import MismatchError
 from ckpt_tool.families import family_of
+from ckpt_tool.formats.deepspeed.module_tree import state_dict_names
 
 # torch.optim.AdamW's options as DeepSpeed saves them, for a run whose config names no others.
 _ADAMW: Mapping[str, Any] = {
@@ -50,10 +50,10 @@ def with_module_order(
     """
     aliases = dict(checkpoint.aliases)
     if checkpoint.dialect == "autoep" and family_of(config).autoep_alias:
-        for layer in checkpoint.moe_layers:
-            aliases[f"{layer.module}.gate.gate.weight"] = f"{layer.module}.router.gate.weight"
-    found, buffers = _state_dict_names(config)
-    checkpoint = _with_buffers(replace(checkpoint, aliases=aliases), buffers)
+        aliases |= _router_aliases(checkpoint)
+    found, buffers = state_dict_names(config)
+    ends = {name.rsplit(".", 1)[-1] for name in buffers}
+    checkpoint = _with_buffers(replace(checkpoint, aliases=aliases), ends)
     names = _under_autoep(found, checkpoint)
     values = {tensor.name: tensor for tensor in checkpoint.values()}
     dense: list[TensorName] = [
@@ -64,6 +64,12 @@ def with_module_order(
         raise MismatchError(
             f"The checkpoint has {sorted(missing)[:5]} ({len(missing)} in all), which transformers' model "
             "of this config has not. Pass --like with a checkpoint that the target run saved itself."
+        )
+    lacking = [name for name in names if name not in values and name not in aliases]
+    if lacking:
+        raise MismatchError(
+            f"transformers' model of this config has {lacking[:5]} ({len(lacking)} in all), which the "
+            "checkpoint has not: is it complete, and of this config?"
         )
     routers = [name for name in dense if ".router." in str(name)]
     dense = [name for name in dense if name not in routers] + routers
@@ -88,41 +94,26 @@ def with_module_order(
     )
 
 
-def _with_buffers(checkpoint: Checkpoint, buffers: set[str]) -> Checkpoint:
+def _router_aliases(checkpoint: Checkpoint) -> dict[str, str]:
+    """AutoEP keeps the whole router, its buffers too, reachable under the name ``gate``."""
+    routers = {f"{layer.module}.router.": f"{layer.module}.gate." for layer in checkpoint.moe_layers}
+    return {
+        alias + tensor.name.removeprefix(router): tensor.name
+        for tensor in checkpoint.values()
+        for router, alias in routers.items()
+        if isinstance(tensor.name, str) and tensor.name.startswith(router)
+    }
+
+
+def _with_buffers(checkpoint: Checkpoint, ends: set[str]) -> Checkpoint:
     """Published files do not tell buffers from parameters; the model does, by the ends of their names."""
     tensors = tuple(
         replace(tensor, role=Role.BUFFER)
-        if isinstance(tensor.name, str) and tensor.name.rsplit(".", 1)[-1] in buffers
+        if isinstance(tensor.name, str) and tensor.name.rsplit(".", 1)[-1] in ends
         else tensor
         for tensor in checkpoint.tensors
     )
     return replace(checkpoint, tensors=tensors)
-
-
-def _state_dict_names(config: Mapping[str, Any]) -> tuple[list[str], set[str]]:
-    """The keys of the model's state dict in its order, and the last components of its buffers' names."""
-    try:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError:
-        raise UsageError(
-            "The source does not record the order of parameters. Install transformers (pip install "
-            "'ckpt-tool[transformers]'), which tells it, or pass --like with a checkpoint that the target "
-            "run saved itself."
-        ) from None
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    try:
-        with torch.device("meta"):
-            build: Any = AutoModelForCausalLM.from_config
-            model = build(AutoConfig.for_model(**plain))
-    except Exception as error:  # whatever a model's own code makes of its config
-        raise UsageError(
-            f"transformers cannot build the model of this config ({type(error).__name__}: {error}). Pass "
-            "--like with a checkpoint that the target run saved itself."
-        ) from error
-    names = list(model.state_dict())
-    buffers = {name for name, _ in model.named_buffers()} & set(names)
-    return names, {name.rsplit(".", 1)[-1] for name in buffers}
 
 
 def _under_autoep(names: list[str], checkpoint: Checkpoint) -> list[str]:
@@ -143,8 +134,8 @@ def _under_autoep(names: list[str], checkpoint: Checkpoint) -> list[str]:
 
 
 def _place(name: str) -> tuple[int, int]:
-    """The router's buffers, the router, its second name, shared experts as an MLP has them, their gate."""
-    parts = ("router.e_", "router.", "gate.gate.", "shared_experts.", "shared_experts_gate.")
+    """The router, its buffers first; both again under its second name; shared experts; their gate."""
+    parts = ("router.e_", "router.", "gate.e_", "gate.gate.", "shared_experts.", "shared_experts_gate.")
     matrices = ("gate_proj", "up_proj", "down_proj")
     return (
         next((i for i, part in enumerate(parts) if f".{part}" in name), len(parts)),
