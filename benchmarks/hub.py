@@ -63,8 +63,9 @@ class Model:
 
     def config_of(self, count: int) -> dict[str, Any]:
         sizes = {
-            "hidden_size": H, "moe_intermediate_size": INNER, "vocab_size": VOCAB, "num_hidden_layers": count,
-            "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": H // HEADS,
+            "hidden_size": H, "moe_intermediate_size": INNER, "vocab_size": VOCAB,
+            "num_hidden_layers": count, "head_dim": H // HEADS,
+            "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
             "num_experts_per_tok": 2, "tie_word_embeddings": False,
         }  # fmt: skip
         if self.text_config:

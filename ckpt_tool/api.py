@@ -183,7 +183,7 @@ def convert(
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
         files=len(plan.files),
-        peak_memory_bytes=budget.nbytes,
+        peak_memory_bytes=budget.nbytes(plan.largest_block),
         left_out=layout.left_out,
         casts=tuple((cast.label, cast.source, cast.target) for cast in plan.casts),
         notes=layout.notes,

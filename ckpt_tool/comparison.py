@@ -10,7 +10,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ckpt_tool.canonical import MASTER, WEIGHT, Box, Checkpoint, Region, Tensor, TensorName
+from ckpt_tool.canonical import (
+    MASTER,
+    WEIGHT,
+    Box,
+    Checkpoint,
+    ExpertName,
+    Region,
+    Tensor,
+    TensorName,
+)
 from ckpt_tool.containers.decoded import DecodingReader, real_file
 from ckpt_tool.errors import CkptToolError, MismatchError, UsageError
 from ckpt_tool.execute.budget import Budget
@@ -21,7 +30,7 @@ from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.execute.threads import in_parallel
 from ckpt_tool.families import family_of
 from ckpt_tool.families.naming import to_hub
-from ckpt_tool.geometry import Piece, check_disjoint, clip, pieces
+from ckpt_tool.geometry import Piece, block_numel, check_disjoint, clip, cut, pieces
 from ckpt_tool.storage import Reader
 
 _memcmp = ctypes.CDLL(None).memcmp
@@ -83,8 +92,11 @@ def compare(
     """
     for side, reader in zip((a, b), readers, strict=True):
         check_replicas(side, reader, budget)
-    a, b = _same_names(a, b, config)
+    sides = _same_names(a, b, config)
+    said = {*a.notes, *b.notes}
+    a, b = sides
     pairs, differences, notes = _pair_up(a, b)
+    notes += [note for side in sides for note in side.notes if note not in said]  # of what has no such name
     checked = []
     for pair in pairs:
         found = _form(pair, rounded or pair.rounded)
@@ -104,9 +116,9 @@ def compare(
 def _same_names(
     a: Checkpoint, b: Checkpoint, config: Mapping[str, Any] | None
 ) -> tuple[Checkpoint, Checkpoint]:
-    if a.dialect == b.dialect:
-        return a, b
     found = next((c for c in (config, a.model_config, b.model_config) if c is not None), None)
+    if a.dialect == b.dialect and not (found is not None and _named_by_one(a, b)):
+        return a, b
     if found is None:
         raise UsageError(
             f"The two use different names ({a.dialect} and {b.dialect}), and neither carries the model's "
@@ -114,6 +126,12 @@ def _same_names(
         )
     family = family_of(found)
     return to_hub(a, family), to_hub(b, family)
+
+
+def _named_by_one(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether the experts of one side only were told apart: its directory has a config.json."""
+    known = [any(isinstance(tensor.name, ExpertName) for tensor in side.tensors) for side in (a, b)]
+    return known[0] != known[1]
 
 
 def _pair_up(a: Checkpoint, b: Checkpoint) -> tuple[list[_Pair], list[Difference], list[str]]:
@@ -267,9 +285,10 @@ def _values(
             except CkptToolError as error:
                 found[number] = (0, Difference("coverage", str(pair.a.name), str(error)))
                 continue
-            step = EXTENT_BYTES // pair.a.dtype.itemsize
-            for start in range(0, pair.a.numel, step):
-                yield number, pair, one, other, start, min(step, pair.a.numel - start)
+            most = EXTENT_BYTES // pair.a.dtype.itemsize
+            block = max(block_numel(pair.a, one), block_numel(pair.b, other))
+            for start, numel in cut(0, pair.a.numel, most, block):
+                yield number, pair, one, other, start, numel
 
     def compare_one(
         comparer: _Comparer,
@@ -292,7 +311,7 @@ def _values(
             if number not in found or at < found[number][0]:
                 found[number] = (at, difference)
 
-    in_parallel(work(), lambda: _Comparer(readers, budget.tile), compare_one, budget.workers)
+    in_parallel(work(), lambda: _Comparer(readers, budget), compare_one, budget.workers)
     return [difference for _, difference in found.values()]
 
 
@@ -302,11 +321,18 @@ def file_of(tensor: Tensor, found: list[Piece], element: int) -> str:
 
 
 class _Comparer:
-    """One worker's two buffers; the second also holds what a cast makes of the first, and scratch."""
+    """One worker's two buffers; the second also holds what a cast makes of the first, and scratch. They
+    grow where a matrix is to be transposed."""
 
-    def __init__(self, readers: tuple[Reader, Reader], tile: int) -> None:
+    def __init__(self, readers: tuple[Reader, Reader], budget: Budget) -> None:
         self._readers: tuple[Reader, Reader] = (DecodingReader(readers[0]), DecodingReader(readers[1]))
-        self._one, self._other = memoryview(bytearray(tile)), memoryview(bytearray(tile))
+        self._budget = budget
+        self._one, self._other = (memoryview(bytearray(budget.tile)) for _ in range(2))
+
+    def _grow(self, size: int) -> None:
+        if size > len(self._one):
+            self._one = self._other = memoryview(b"")  # never the old ones beside the new
+            self._one, self._other = (memoryview(bytearray(size)) for _ in range(2))
 
     def first_difference(
         self,
@@ -325,9 +351,11 @@ class _Comparer:
         wide_reader, narrow_reader = self._readers[::-1] if swap else self._readers
         casting = wide.dtype is not narrow.dtype
         shared = casting or any(isinstance(piece, Box) for piece in (*one, *other))
-        step = len(self._one) // (wide.dtype.itemsize * (2 if shared else 1))
-        for low in range(start, start + numel, step):
-            count = min(step, start + numel - low)
+        itemsize = wide.dtype.itemsize * (2 if shared else 1)
+        block = max(block_numel(pair.a, one), block_numel(pair.b, other))
+        if block > 1:
+            self._grow(self._budget.tile_for(block * itemsize))
+        for low, count in cut(start, numel, len(self._one) // itemsize, block):
             left = self._one[: count * wide.dtype.itemsize]
             gather(wide_reader, wide, wide_pieces, low, count, left, self._other)
             size = count * narrow.dtype.itemsize
@@ -372,7 +400,7 @@ def check_replicas(checkpoint: Checkpoint, reader: Reader, budget: Budget) -> No
     Raises:
         MismatchError: the copies differ.
     """
-    comparer = _Comparer((reader, reader), budget.tile)
+    comparer = _Comparer((reader, reader), budget)
     for tensor in checkpoint.tensors:
         for replica in tensor.replicas:
             if not isinstance(replica, Region):

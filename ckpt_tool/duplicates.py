@@ -20,7 +20,7 @@ from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.gather import gather
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.execute.threads import in_parallel
-from ckpt_tool.geometry import pieces
+from ckpt_tool.geometry import block_numel, cut, pieces
 from ckpt_tool.storage import Reader
 
 # A fused stack whose family is not known: the experts are its first dimension all the same.
@@ -117,6 +117,12 @@ def _by_layer(
     return found
 
 
+def _expert_block(tensor: Tensor) -> int:
+    """What is best loaded together, judged by the first expert: the others lie as it does."""
+    size = tensor.numel // max(1, tensor.shape[0])
+    return block_numel(tensor, pieces(tensor, 0, size))
+
+
 def _digests(
     stacks: list[Tensor], reader: Reader, budget: Budget, meter: Meter
 ) -> dict[tuple[int, int], str]:
@@ -124,8 +130,11 @@ def _digests(
     found: dict[tuple[int, int], str] = {}
     lock = threading.Lock()
 
+    largest = max((_expert_block(tensor) * tensor.dtype.itemsize for tensor in stacks), default=0)
+    tile = budget.tile_for(largest)
+
     def buffers() -> tuple[memoryview, memoryview]:
-        return memoryview(bytearray(budget.tile)), memoryview(bytearray(budget.tile))
+        return memoryview(bytearray(tile)), memoryview(bytearray(tile))
 
     def one(worker: tuple[memoryview, memoryview], item: tuple[int, int]) -> None:
         tensor = stacks[item[0]]
@@ -133,9 +142,8 @@ def _digests(
         start = item[1] * size
         parts = pieces(tensor, start, size)
         digest = xxhash.xxh3_128()
-        step = budget.tile // tensor.dtype.itemsize
-        for low in range(start, start + size, step):
-            count = min(step, start + size - low)
+        most = tile // tensor.dtype.itemsize
+        for low, count in cut(start, size, most, block_numel(tensor, parts)):
             data = worker[0][: count * tensor.dtype.itemsize]
             gather(reader, tensor, parts, low, count, data, worker[1])
             digest.update(data)

@@ -164,6 +164,33 @@ def pieces(tensor: Tensor, start: int, numel: int) -> list[Piece]:
     return clip(tensor, regions, start, numel)
 
 
+def block_numel(tensor: Tensor, found: Iterable[Piece]) -> int:
+    """How many elements of the flattened ``tensor`` are best loaded together; 1 where it does not matter.
+
+    A piece that runs along another dimension in its file than in the tensor is transposed: a few rows of
+    it here are a few bytes of every row there, so that all dimensions from the file's on belong together.
+    """
+    block = 1
+    for piece in found:
+        if isinstance(piece, Box):
+            dims = [dim for dim, count in enumerate(piece.counts) if count > 1]
+            along = min(dims, key=lambda dim: piece.strides[dim], default=0)
+            if dims and along != dims[-1]:
+                block = max(block, math.prod(tensor.shape[along:]))
+    return block
+
+
+def cut(start: int, numel: int, most: int, block: int = 1) -> Iterator[tuple[int, int]]:
+    """Cut a flat range into (start, numel) of at most ``most`` elements, between blocks where one fits."""
+    if block > most:
+        block = 1
+    position, end = start, start + numel
+    while position < end:
+        after = min(end, position // block * block + most // block * block)
+        yield position, after - position
+        position = after
+
+
 @runtime_checkable
 class _Searchable(Protocol):
     """Regions that find those of a range without going through all."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ckpt_tool.canonical import CASTABLE, Regions, Tensor
 from ckpt_tool.errors import CkptToolError, CoverageError, UnreadableError, UsageError
-from ckpt_tool.geometry import Piece, check_disjoint, pieces
+from ckpt_tool.geometry import Piece, block_numel, check_disjoint, cut, pieces
 from ckpt_tool.layout import Fill, Layout, TargetFile
 
 
@@ -27,7 +27,8 @@ class Cast(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A layout that was found to be complete, with its totals in bytes.
+    """A layout that was found to be complete, with its totals in bytes. ``largest_block`` is the most
+    that is best loaded at once: a matrix to be transposed.
 
     The copies themselves are computed file by file when they are needed (``copies``), because a large
     checkpoint has millions.
@@ -36,6 +37,7 @@ class Plan:
     layout: Layout
     bytes_read: int
     bytes_written: int
+    largest_block: int
     casts: tuple[Cast, ...]
 
     @property
@@ -57,7 +59,7 @@ def make_plan(layout: Layout) -> Plan:
     """
     used: dict[str, _Ranges] = {}
     casts: dict[str, Cast] = {}
-    bytes_read = bytes_written = 0
+    bytes_read = bytes_written = largest_block = 0
     paths: set[str] = set()
     seen: dict[int, Regions] = {}  # holds what it has seen, so that no id is used again
     for file in layout.files:
@@ -72,7 +74,10 @@ def make_plan(layout: Layout) -> Plan:
             if id(tensor.regions) not in seen:
                 seen[id(tensor.regions)] = tensor.regions
                 check_disjoint(tensor)
-            copies(fill)
+            block = block_numel(tensor, copies(fill))
+            if block > 1:
+                itemsize = max(tensor.dtype.itemsize, fill.dtype.itemsize)
+                largest_block = max(largest_block, block * itemsize)
             bytes_read += fill.numel * tensor.dtype.itemsize
             used.setdefault(tensor.label(), _Ranges()).add(fill.start, fill.numel)
             if fill.dtype is not tensor.dtype:
@@ -85,7 +90,7 @@ def make_plan(layout: Layout) -> Plan:
                 casts[label] = Cast(label, str(tensor.dtype), str(fill.dtype))
     for tensor in layout.source:
         _check_use(tensor, used.get(tensor.label()), layout)
-    return Plan(layout, bytes_read, bytes_written, tuple(casts.values()))
+    return Plan(layout, bytes_read, bytes_written, largest_block, tuple(casts.values()))
 
 
 def _check_path(path: str) -> None:
@@ -156,9 +161,13 @@ class Extent(NamedTuple):
     numel: int
 
 
-def extents(file: TargetFile, max_bytes: int) -> Iterator[Extent]:
-    """Cut a file's fills into units of at most ``max_bytes`` of the target."""
-    for index, fill in enumerate(file.fills):
-        step = max(1, max_bytes // fill.dtype.itemsize)
-        for start in range(0, fill.numel, step):
-            yield Extent(index, start, min(step, fill.numel - start))
+def extents(file: TargetFile, max_bytes: int, blocks: Sequence[int]) -> Iterator[Extent]:
+    """Cut a file's fills into units of at most ``max_bytes`` of the target.
+
+    Args:
+        blocks: for each fill, the elements that are best loaded together (``geometry.block_numel``).
+    """
+    for index, (fill, block) in enumerate(zip(file.fills, blocks, strict=True)):
+        most = max(1, max_bytes // fill.dtype.itemsize)
+        for start, numel in cut(fill.start, fill.numel, most, block):
+            yield Extent(index, start - fill.start, numel)

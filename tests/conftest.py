@@ -178,10 +178,16 @@ def tree(path: Path) -> dict[str, bytes]:
 
 
 def carry_out(
-    layout: Layout, source: Path, target: Path, *, budget: Budget | None = None, fsync: bool = False
+    layout: Layout,
+    source: Path,
+    target: Path,
+    *,
+    budget: Budget | None = None,
+    fsync: bool = False,
+    reader: LocalReader | None = None,
 ) -> list[WrittenFile]:
     """Plan and write ``layout``, whose tensors lie in files below ``source``, into ``target``."""
-    reader = LocalReader(source)
+    reader = reader or LocalReader(source)
     written: list[WrittenFile] = []
     try:
         execute(

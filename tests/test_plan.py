@@ -148,11 +148,24 @@ def test_casts_are_reported() -> None:
 def test_extents_cut_fills_without_gap_or_overlap(limit: int) -> None:
     w = tensor("w", (9,))
     target = file(fill(w, 0, 0, 5), fill(w, 20, 5, 4))
-    found = list(extents(target, limit))
+    found = list(extents(target, limit, [1, 1]))
     assert [
         (number, element) for number, start, numel in found for element in range(start, start + numel)
     ] == [(0, e) for e in range(5)] + [(1, e) for e in range(4)]
     assert all(extent.numel * 4 <= max(4, limit) for extent in found)
+
+
+def test_extents_keep_blocks_together_where_they_fit() -> None:
+    """Blocks are counted from the start of the tensor, a fill may begin within one."""
+    w = tensor("w", (30,))
+    target = file(fill(w, 0, 4, 22))
+    for limit, expected in (
+        (14 * 4, [(4, 6), (10, 10), (20, 6)]),  # two blocks of 5 at once
+        (5 * 4, [(4, 1), (5, 5), (10, 5), (15, 5), (20, 5), (25, 1)]),
+        (4 * 4, [(4, 4), (8, 4), (12, 4), (16, 4), (20, 4), (24, 2)]),  # none fits
+    ):
+        found = [(4 + start, numel) for _, start, numel in extents(target, limit, [5])]
+        assert found == expected
 
 
 @pytest.mark.parametrize("name", ZERO3)

@@ -15,13 +15,13 @@ small steps inside ``read_into``, so its memory is bounded whatever is asked for
 from __future__ import annotations
 
 import json
-import math
 import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import DType, Region, Tensor
+from ckpt_tool.containers.float8 import as_float32
 from ckpt_tool.errors import CoverageError, ExecutionError
 from ckpt_tool.storage import Reader
 
@@ -161,10 +161,7 @@ class DecodingReader:
 
     def _scales(self, file: str, offset: int, dtype: str, numel: int) -> Any:
         """Scales as float32, whatever float they are stored as."""
-        import torch
-
-        raw = self._bytes(file, offset, numel * DType[dtype].itemsize)
-        return torch.from_numpy(raw).view(getattr(torch, dtype)).to(torch.float32).numpy()
+        return as_float32(self._bytes(file, offset, numel * DType[dtype].itemsize), dtype)
 
     def _fp8(self, said: _Virtual, start: int, numel: int, out: memoryview) -> None:
         import numpy as np
@@ -207,21 +204,20 @@ class DecodingReader:
 @lru_cache(maxsize=4)
 def _float8_values(dtype: str) -> Any:
     """The float32 value of each of the 256 bytes."""
-    import torch
+    import numpy as np
 
-    return torch.arange(256, dtype=torch.uint8).view(getattr(torch, dtype)).to(torch.float32).numpy()
+    return as_float32(np.arange(256, dtype=np.uint8), dtype)
 
 
 @lru_cache(maxsize=1)
 def _mxfp4_pairs() -> Any:
     """The two bfloat16 values of a byte under a scale, as one 32-bit number, at ``scale * 256 + byte``."""
     import numpy as np
-    import torch
 
-    signed = [*_FP4, *(-value for value in _FP4)]
-    pairs = torch.tensor(
-        [[signed[byte & 15], signed[byte >> 4]] for byte in range(256)], dtype=torch.float64
-    )
-    factors = torch.tensor([math.ldexp(1.0, byte - 127) for byte in range(256)], dtype=torch.float64)
-    values = (factors[:, None, None] * pairs).to(torch.bfloat16)
-    return values.view(torch.int16).numpy().reshape(-1).view(np.uint32)
+    signed = np.array([*_FP4, *(-value for value in _FP4)], np.float64)
+    byte = np.arange(256)
+    pairs = np.stack([signed[byte & 15], signed[byte >> 4]], axis=-1)
+    values = np.ldexp(1.0, byte - 127)[:, None, None] * pairs
+    with np.errstate(over="ignore"):
+        bits = values.astype(np.float32).view(np.uint32)
+    return (bits >> 16).astype(np.uint16).reshape(-1).view(np.uint32)  # exact: three bits at most

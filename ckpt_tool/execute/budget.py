@@ -11,21 +11,28 @@ KIB, MIB = 1 << 10, 1 << 20
 # Below this a tile costs more in system calls than in bytes; above the other, nothing gets faster.
 _SMALLEST_TILE = 64 * KIB
 _LARGEST_TILE = 1 * MIB
+# The most that a matrix to be transposed, which is best read whole, may take.
+_LARGEST_BLOCK = 64 * MIB
 # Two buffers per worker: what was read, and what a cast makes of it (or, for verify, the other side).
 _BUFFERS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How a limit on memory is shared: ``workers`` threads, each with two buffers of ``tile`` bytes."""
+    """How a limit on memory is shared: ``workers`` threads, each with two buffers of ``tile`` bytes, or of
+    up to ``largest`` bytes where that much is best loaded at once."""
 
     workers: int
     tile: int
+    largest: int = 0
 
-    @property
-    def nbytes(self) -> int:
+    def tile_for(self, block: int) -> int:
+        """The size of a buffer that is to hold ``block`` bytes, if the limit allows it."""
+        return max(self.tile, min(-(-block // 64) * 64, self.largest))
+
+    def nbytes(self, block: int = 0) -> int:
         """Bytes all buffers hold together: never more than the limit."""
-        return self.workers * _BUFFERS * self.tile
+        return self.workers * _BUFFERS * self.tile_for(block)
 
     @staticmethod
     def share(max_memory: int, workers: int) -> Budget:
@@ -41,5 +48,5 @@ class Budget:
                 f"{least} bytes ({least // KIB} KiB)."
             )
         workers = max(1, min(workers, max_memory // least))
-        tile = min(_LARGEST_TILE, max_memory // (workers * _BUFFERS))
-        return Budget(workers, tile // 64 * 64)
+        each = max_memory // (workers * _BUFFERS) // 64 * 64
+        return Budget(workers, min(_LARGEST_TILE, each), min(_LARGEST_BLOCK, each))

@@ -23,7 +23,7 @@ from ckpt_tool.execute.casts import cast
 from ckpt_tool.execute.gather import gather
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.execute.threads import in_parallel
-from ckpt_tool.geometry import Piece
+from ckpt_tool.geometry import Piece, block_numel, cut
 from ckpt_tool.layout import CrcSlot, Fill, TargetFile
 from ckpt_tool.plan import Extent, Plan, copies, extents
 from ckpt_tool.storage import Reader, Writer
@@ -51,6 +51,7 @@ class _OpenFile:
 
     target: TargetFile
     pieces: list[list[Piece]]
+    blocks: list[int]
     left: int
     crcs: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     written: list[WrittenExtent] = field(default_factory=list)
@@ -79,7 +80,7 @@ def execute(
     run = _Run(source, sink, meter, on_file)
     files = (file for file in plan.files if not skip(file))
     try:
-        in_parallel(run.units(files), lambda: _Tile(budget.tile), run.one, budget.workers, run.stop)
+        in_parallel(run.units(files), lambda: _Tile(budget), run.one, budget.workers, run.stop)
     finally:
         sink.close()
 
@@ -103,8 +104,10 @@ class _Run:
         """All units of work; opens each file as its first unit is handed out."""
         for target in files:
             self._sink.create(target.path, target.size)
-            units = list(extents(target, EXTENT_BYTES))
-            opened = _OpenFile(target, [copies(fill) for fill in target.fills], max(1, len(units)))
+            found = [copies(fill) for fill in target.fills]
+            blocks = [block_numel(fill.tensor, p) for fill, p in zip(target.fills, found, strict=True)]
+            units = list(extents(target, EXTENT_BYTES, blocks))
+            opened = _OpenFile(target, found, blocks, max(1, len(units)))
             if not units:
                 yield opened, None
             for unit in units:
@@ -126,7 +129,7 @@ class _Run:
         fill = file.target.fills[unit.fill]
         itemsize = fill.dtype.itemsize
         crc, digest = 0, xxhash.xxh3_64()
-        for start, numel in tile.steps(fill, unit):
+        for start, numel in tile.steps(fill, unit, file.blocks[unit.fill]):
             if self.stop.is_set():
                 return False
             data = tile.load(self._source, file.pieces[unit.fill], fill, start, numel)
@@ -173,19 +176,33 @@ def _record_crc(slot: CrcSlot, crcs: list[int], target: TargetFile) -> int:
 
 
 class _Tile:
-    """One worker's two buffers: what is read, and scratch space or what a cast makes of it."""
+    """One worker's two buffers: what is read, and scratch space or what a cast makes of it. They grow
+    where a matrix is to be transposed."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._read = memoryview(bytearray(size))
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._size = budget.tile
+        self._read = memoryview(bytearray(self._size))
         self._second = memoryview(bytearray(0))
 
-    def steps(self, fill: Fill, unit: Extent) -> Iterator[tuple[int, int]]:
-        """Cut an extent into (start, numel) that fit the buffers on both sides of a cast."""
-        step = self._size // max(fill.dtype.itemsize, fill.tensor.dtype.itemsize)
-        end = unit.start + unit.numel
-        for start in range(unit.start, end, step):
-            yield start, min(step, end - start)
+    def steps(self, fill: Fill, unit: Extent, block: int) -> Iterator[tuple[int, int]]:
+        """Cut an extent into (start, numel) that fit the buffers on both sides of a cast.
+
+        Args:
+            block: the elements that are best loaded together.
+        """
+        itemsize = max(fill.dtype.itemsize, fill.tensor.dtype.itemsize)
+        if block > 1:
+            self._grow(self._budget.tile_for(block * itemsize))
+        most = self._size // itemsize
+        for start, numel in cut(fill.start + unit.start, unit.numel, most, block):
+            yield start - fill.start, numel
+
+    def _grow(self, size: int) -> None:
+        if size > self._size:
+            self._size = size
+            self._read = self._second = memoryview(b"")  # never the old ones beside the new
+            self._read = memoryview(bytearray(size))
 
     def load(self, source: Reader, found: list[Piece], fill: Fill, start: int, numel: int) -> memoryview:
         """The bytes of ``numel`` elements of ``fill`` from ``start`` on, as they are to be stored."""

@@ -15,10 +15,11 @@ from ckpt_tool.execute.budget import KIB, MIB, Budget
 from tests.conftest import checkpoint_of
 
 
-@given(st.integers(128 * KIB, 1 << 40), st.integers(1, 200))
-def test_buffers_never_exceed_the_limit(limit: int, workers: int) -> None:
+@given(st.integers(128 * KIB, 1 << 40), st.integers(1, 200), st.integers(0, 1 << 40))
+def test_buffers_never_exceed_the_limit(limit: int, workers: int, block: int) -> None:
     budget = Budget.share(limit, workers)
-    assert budget.nbytes <= limit
+    assert budget.nbytes() <= budget.nbytes(block) <= limit
+    assert budget.tile_for(block) % 64 == 0
     assert 1 <= budget.workers <= workers
     assert budget.tile % 64 == 0
     assert budget.tile >= 64 * KIB
@@ -35,7 +36,7 @@ def test_too_little_is_refused_with_the_least_that_works(limit: int, workers: in
 
 
 def test_less_memory_means_fewer_workers_before_smaller_tiles() -> None:
-    assert Budget.share(256 * KIB, 8) == Budget(2, 64 * KIB)
+    assert Budget.share(256 * KIB, 8) == Budget(2, 64 * KIB, 64 * KIB)
     assert Budget.share(1024 * MIB, 8).workers == 8
 
 

@@ -75,8 +75,9 @@ def test_bytes_do_not_depend_on_workers_and_memory(
 
 
 @pytest.mark.parametrize("tile", [64, 192, 4096, 1 << 20])
+@pytest.mark.parametrize("largest", [0, 1 << 20])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_bytes_do_not_depend_on_tiles(tile: int, workers: int, tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_tiles(tile: int, largest: int, workers: int, tmp_path: Path) -> None:
     values = {
         "a": some_of(torch.float32, 5000).reshape(50, 100),
         "b": some_of(torch.int8, 999),
@@ -87,11 +88,39 @@ def test_bytes_do_not_depend_on_tiles(tile: int, workers: int, tmp_path: Path) -
     turned = take(described["a"], [Axis(1, 0, 100), Axis(0, 0, 50)])
     value = {**described, "t": turned, "half": whole(described["d"], DType.float16)}
     layout = Layout((torch_file("f.pt", value),), tuple(described.values()))
-    carry_out(layout, tmp_path, tmp_path / "out", budget=Budget(workers, tile))
+    carry_out(layout, tmp_path, tmp_path / "out", budget=Budget(workers, tile, largest))
     found = torch.load(tmp_path / "out" / "f.pt", weights_only=True)
     values["d"] = torch.linspace(-9, 9, 4001)
     expected = {**values, "t": values["a"].t().contiguous(), "half": values["d"].half()}
     assert {name: raw(t) for name, t in found.items()} == {name: raw(t) for name, t in expected.items()}
+
+
+class Counted(LocalReader):
+    """Counts what is read."""
+
+    reads = 0
+    nbytes = 0
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        self.reads += 1
+        self.nbytes += len(buffer)
+        super().read_into(path, offset, buffer)
+
+
+@pytest.mark.parametrize("dtype", [DType.float32, DType.bfloat16])
+def test_matrices_to_be_transposed_are_read_whole_and_once(dtype: DType, tmp_path: Path) -> None:
+    """And not a few bytes of every row for each tile."""
+    values = torch.randn(4, 300, 200)
+    described = stored(tmp_path, {"a": values})["a"]
+    turned = take(described, [Axis(0, 0, 4), Axis(2, 0, 200), Axis(1, 0, 300)])
+    layout = Layout((torch_file("f.pt", [whole(turned, dtype)]),), (described,))
+    reader = Counted(tmp_path)
+    budget = Budget(2, 4096, 1 << 20)
+    carry_out(layout, tmp_path, tmp_path / "out", budget=budget, reader=reader)
+    (found,) = torch.load(tmp_path / "out" / "f.pt", weights_only=True)
+    assert torch.equal(found, values.transpose(1, 2).to(found.dtype))
+    assert (reader.reads, reader.nbytes) == (4, values.nbytes)
+    assert make_plan(layout).largest_block == 300 * 200 * 4
 
 
 def test_a_file_larger_than_one_extent_is_whole(tmp_path: Path) -> None:

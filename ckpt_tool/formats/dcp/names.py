@@ -18,11 +18,13 @@ from ckpt_tool.canonical import (
     Tensor,
     TensorName,
 )
+from ckpt_tool.containers.torch_zip import Inline
 from ckpt_tool.errors import MismatchError, UsageError
-from ckpt_tool.families import Family, family_of
-from ckpt_tool.families.forms import join
+from ckpt_tool.families import Family, family_of, stated, text_config
+from ckpt_tool.families.forms import compiled, join
 from ckpt_tool.families.naming import to_hub
 from ckpt_tool.formats.dcp.experts import TITAN_NAMES, titan_layer
+from ckpt_tool.formats.dcp.titan import Fused, fuse, key_value_heads, unnumbered
 
 TITAN, TRANSFORMERS = "torchtitan", "transformers"
 
@@ -31,7 +33,8 @@ TITAN, TRANSFORMERS = "torchtitan", "transformers"
 class Styled:
     """Tensors by (name in the run, state); ``weight`` is the parameter itself, whatever it was before.
 
-    ``groups`` are (options, names). ``aliases`` are further names of tied tensors.
+    ``groups`` are (options, names). ``aliases`` are further names of tied tensors. ``zeros`` are buffers
+    the run has and the source has not.
     """
 
     tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -39,7 +42,9 @@ class Styled:
     scalars: dict[tuple[str, str], Scalar] = field(default_factory=dict)
     groups: list[tuple[Mapping[str, Any], list[str]]] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
+    zeros: dict[str, Inline] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def model(self) -> list[tuple[str, Tensor]]:
         return [(name, tensor) for (name, state), tensor in self.tensors.items() if state == WEIGHT]
@@ -49,8 +54,17 @@ def dialect_of(style: str) -> str:
     return TITAN if style == TITAN else TRANSFORMERS
 
 
-def styled(checkpoint: Checkpoint, dialect: str, config: Mapping[str, Any] | None) -> Styled:
+def styled(
+    checkpoint: Checkpoint,
+    dialect: str,
+    config: Mapping[str, Any] | None,
+    fused: Mapping[str, Fused] | None = None,
+) -> Styled:
     """The catalogue as a run whose modules have ``dialect``'s names would save it.
+
+    Args:
+        fused: the parameters that the run is known to have fused; else those of the source, or those that
+            the family's table says torchtitan fuses.
 
     Raises:
         UsageError: names must change, and there is no config.json to say which model this is.
@@ -69,7 +83,9 @@ def styled(checkpoint: Checkpoint, dialect: str, config: Mapping[str, Any] | Non
             _add(found, namer.dense(tensor.name), tensor)
     for name, tensor in namer.stacks():
         _add(found, name, tensor)
-    if sum(t.nbytes for t in found.tensors.values()) != sum(t.nbytes for t in kept.tensors):
+    found.left_out |= namer.left_out
+    found.notes = [note for note in namer.checkpoint.notes if note not in checkpoint.notes]
+    if sum(t.nbytes for t in found.tensors.values()) != sum(t.nbytes for t in namer.checkpoint.tensors):
         raise MismatchError("Naming tensors for the run lost elements. This is a bug in ckpt-tool.")
     _add_scalars(found, namer)
     found.groups = [
@@ -79,6 +95,9 @@ def styled(checkpoint: Checkpoint, dialect: str, config: Mapping[str, Any] | Non
     found.aliases = {
         namer.dense(alias): namer.dense(name) for alias, name in namer.checkpoint.aliases.items()
     }
+    found.zeros = namer.zeros(found)
+    wanted = namer.fused(found) if fused is None else fused
+    found.groups = fuse(found.tensors, found.scalars, found.groups, wanted)
     return found
 
 
@@ -110,19 +129,31 @@ def _add_scalars(found: Styled, namer: _Namer) -> None:
 
 
 class _Namer:
-    """Names of one dialect. ``checkpoint`` is the catalogue under the names it starts from."""
+    """Names of one dialect: here, those that the source has, for a model without stacks of experts.
+
+    ``checkpoint`` is the catalogue under the names it starts from, without what is ``left_out``.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self.left_out: Mapping[str, str] = {}
 
     def dense(self, name: str) -> str:
         return name
 
     def expert(self, name: ExpertName) -> str:
-        raise NotImplementedError
+        raise MismatchError(f"{name} is a stack of experts, for which the target has no name.")
 
     def name(self, name: TensorName) -> str:
         return self.expert(name) if isinstance(name, ExpertName) else self.dense(name)
+
+    def zeros(self, found: Styled) -> dict[str, Inline]:  # noqa: ARG002
+        """Buffers that the run has and the catalogue has not."""
+        return {}
+
+    def fused(self, found: Styled) -> Mapping[str, Fused]:  # noqa: ARG002
+        """Parameters of the run that the catalogue has in three parts."""
+        return {}
 
     def stacks(self) -> Iterable[tuple[str, Tensor]]:
         """The expert tensors: by default one per canonical stack."""
@@ -139,9 +170,16 @@ class _Kept(_Namer):
         hint = checkpoint.layout_hint
         names: Mapping[str, tuple[TensorName, ...]] = getattr(hint, "names", {})
         self._keys = {name: key for key, given in names.items() for name in given}
+        self._fused: Mapping[str, Fused] = getattr(hint, "fused", {})
+
+    def dense(self, name: str) -> str:
+        return self._keys.get(name, name)
 
     def expert(self, name: ExpertName) -> str:
         return self._keys.get(name) or _titan_name(name)
+
+    def fused(self, found: Styled) -> Mapping[str, Fused]:  # noqa: ARG002
+        return self._fused
 
 
 class _Renamed(_Namer):
@@ -156,14 +194,61 @@ class _Renamed(_Namer):
 
 
 class _Titan(_Renamed):
+    """torchtitan's names from published ones."""
+
+    def __init__(self, checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]) -> None:
+        super().__init__(checkpoint, family, TITAN)
+        self._config = config
+        self.left_out = {
+            tensor.label(): "torchtitan's layers for multi-token prediction use the model's own"
+            for tensor in checkpoint.tensors
+            if self._shared(tensor.name)
+        }
+        self.checkpoint = checkpoint.select(t for t in checkpoint.tensors if t.label() not in self.left_out)
+        count = stated(text_config(config), family.config["layers"])
+        self._layers = count[1] if family.torchtitan_mtp and count and type(count[1]) is int else None
+
+    def _shared(self, name: TensorName) -> bool:
+        patterns = self._family.torchtitan_shared
+        return isinstance(name, str) and any(compiled(pattern).fullmatch(name) for pattern in patterns)
+
+    def _placed(self, name: str) -> str:
+        return name if self._layers is None else unnumbered(name, self._layers)
+
     def dense(self, name: str) -> str:
         found = super().dense(name)
         if found == name and name != "lm_head.weight":
             raise MismatchError(f"torchtitan has no name for {name} of the family {self._family.name}.")
-        return found
+        return self._placed(found)
 
     def expert(self, name: ExpertName) -> str:
-        return _titan_name(name)
+        return self._placed(_titan_name(name))
+
+    def zeros(self, found: Styled) -> dict[str, Inline]:
+        names: dict[str, Inline] = {}
+        for tensor in self.checkpoint.tensors:
+            if isinstance(tensor.name, ExpertName):
+                layer = tensor.name.layer_path.rpartition(".")[2]
+                empty = Inline(bytes(4 * tensor.shape[0]), (tensor.shape[0],), DType.float32)
+                for pattern in self._family.torchtitan_buffers:
+                    names[self._placed(pattern.format(layer=layer))] = empty
+        return {name: zeros for name, zeros in names.items() if (name, WEIGHT) not in found.tensors}
+
+    def fused(self, found: Styled) -> Mapping[str, Fused]:
+        if not self._family.torchtitan_fused_qkv:
+            return {}
+        shapes = {name: tensor.shape for name, tensor in found.model()}
+        fused = {}
+        for name in shapes:
+            path, _, last = name.rpartition(".wq.")
+            parts = (name, f"{path}.wk.{last}", f"{path}.wv.{last}")
+            if not path or not all(part in shapes for part in parts):
+                continue
+            heads = key_value_heads(parts, shapes, self._config)
+            if heads is None:
+                raise UsageError("config.json has no num_key_value_heads, which torchtitan's names need.")
+            fused[f"{path}.wqkv.{last}"] = Fused(parts, heads)
+        return fused
 
 
 class _Fused(_Renamed):
@@ -232,7 +317,7 @@ def _namer(checkpoint: Checkpoint, dialect: str, config: Mapping[str, Any] | Non
     if dialect == TITAN:
         if not family.torchtitan:
             raise UsageError(f"torchtitan's names for the family {family.name} are not known.")
-        return _Titan(to_hub(checkpoint, family), family, dialect)
+        return _Titan(to_hub(checkpoint, family), family, found)
     if same:
         return _Fused(checkpoint, family, same=True)
     return _Fused(to_hub(checkpoint, family), family, same=False)
