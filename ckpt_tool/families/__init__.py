@@ -54,11 +54,19 @@ class Family:
     from the names of those module trees to published ones; ``prefixes`` those of module paths, from
     transformers' to published. ``parts`` maps a dense tensor in memory to the published tensors that
     are concatenated in it. ``misnamed`` are names that transformers' ``save_pretrained`` gives and no
-    published file has. ``config`` maps ``experts``, ``expert_size``, ``hidden_size``, ``layers``
-    and ``extra_experts`` to the fields that state them, the hub's name first. ``autoep_alias`` says
-    that AutoEP keeps the router reachable as ``gate``, too. ``rows`` says whose
-    product of config fields the rows of a dense tensor are. ``autoep_wrong`` is the
+    published file has. ``config`` maps ``experts``, ``expert_size``, ``hidden_size``, ``layers``,
+    ``extra_experts`` and ``expert_hidden_size`` (the model's, unless it says otherwise) to the fields
+    that state them, the hub's name first. ``autoep_alias`` says that AutoEP keeps the router reachable
+    as ``gate``, too. ``apart`` are the beginnings of names of other models in the same files, whose
+    experts stay as they are. ``rows`` says whose product of config fields the rows of a dense tensor
+    are. ``autoep_wrong`` is the
     reason why AutoEP's checkpoints of this family cannot be used.
+
+    What renames cannot say of torchtitan: ``torchtitan_buffers`` are patterns of its own names, of buffers
+    its MoE layers always have; they begin as zeros where the source has none, and are left out where no
+    published name stands for them. ``torchtitan_shared`` are patterns of published names, of tensors it
+    has none of its own of. With ``torchtitan_mtp`` layers after the last are its ``mtp_layers``; with
+    ``torchtitan_fused_qkv`` its optimizer knows query, key and value as one parameter.
     """
 
     name: str
@@ -74,7 +82,12 @@ class Family:
     autoep: Mapping[str, str] = field(default_factory=dict)
     transformers: Mapping[str, str] = field(default_factory=dict)
     torchtitan: Mapping[str, str] = field(default_factory=dict)
+    torchtitan_buffers: tuple[str, ...] = ()
+    torchtitan_shared: tuple[str, ...] = ()
+    torchtitan_mtp: bool = False
+    torchtitan_fused_qkv: bool = False
     misnamed: Mapping[str, str] = field(default_factory=dict)
+    apart: tuple[str, ...] = ()
     rows: Mapping[str, str] = field(default_factory=dict)
     autoep_wrong: str = ""
     autoep_alias: bool = False
@@ -94,6 +107,8 @@ class Family:
 
     def match(self, name: str) -> Match | None:
         """The layouts that a stored name may stand for, over all forms that occur in files."""
+        if name.startswith(self.apart):
+            return None
         for tail, layouts in _by_tail(self):
             if name.endswith(tail):
                 for pattern, candidates in layouts:
@@ -108,7 +123,7 @@ class Family:
         text = text_config(config)
         found = {
             letter: stated(text, self.config.get(key, ()))
-            for letter, key in (("E", "experts"), ("I", "expert_size"), ("H", "hidden_size"))
+            for letter, key in (("E", "experts"), ("I", "expert_size"), ("H", "expert_hidden_size"))
         }
         return {letter: value[1] for letter, value in found.items() if value and type(value[1]) is int}
 
@@ -128,6 +143,14 @@ class Family:
             if renamed is not None:
                 return renamed
         return placed if placed != name else None
+
+    def unpublishable(self, name: str, dialect: str) -> bool:
+        """Whether a tensor is one of torchtitan's own, which no published file has."""
+        return (
+            dialect == "torchtitan"
+            and any(compiled(pattern).fullmatch(name) for pattern in self.torchtitan_buffers)
+            and self.published(name, dialect) is None
+        )
 
     def corrected(self, name: str) -> str:
         """A name found in a file, with what transformers misnames put right."""
@@ -226,7 +249,8 @@ def _family(name: str, table: Mapping[str, Any]) -> Family:
             fields[key] = tuple(parse_stored(pattern, layout) for pattern, layout in value.items())
         elif isinstance(value, list):
             fields[key] = tuple(value)
-    fields["config"] = {"hidden_size": ["hidden_size"], "layers": ["num_hidden_layers"], **table["config"]}
+    config = {"hidden_size": ["hidden_size"], "layers": ["num_hidden_layers"], **table["config"]}
+    fields["config"] = {"expert_hidden_size": config["hidden_size"], **config}
     return Family(**fields)
 
 

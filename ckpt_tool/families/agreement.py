@@ -241,7 +241,7 @@ def _check_experts(values: Mapping[TensorName, Tensor], family: Family, text: Ma
     extra = _size(text, family.config.get("extra_experts", ()))
     counts = {experts[1], experts[1] + (extra[1] if extra else 0)} if experts else set()
     size = _size(text, family.config.get("expert_size", ()))
-    hidden = _size(text, family.config["hidden_size"])
+    hidden = _size(text, family.config["expert_hidden_size"])
     present: dict[str, set[str]] = {}
     for name, tensor in values.items():
         if not isinstance(name, ExpertName):

@@ -38,6 +38,7 @@ def to_hub(checkpoint: Checkpoint, family: Family) -> Checkpoint:
         return checkpoint
     if checkpoint.dialect == "autoep" and checkpoint.moe_layers and family.autoep_wrong:
         raise UnreadableError(f"{checkpoint.root}: {family.autoep_wrong}")
+    checkpoint = _publishable(checkpoint, family)
     blocks = tuple(f"{layer.module}." for layer in checkpoint.moe_layers)
 
     def published(name: str) -> str:
@@ -101,6 +102,23 @@ def to_hub(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     )
 
 
+def _publishable(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """Without the tensors that no published file has, which a note names."""
+    own = {
+        name
+        for tensor in checkpoint.tensors
+        if isinstance(name := tensor.name, str) and family.unpublishable(name, checkpoint.dialect)
+    }
+    if not own:
+        return checkpoint
+    note = f"Left out, as published files of the family {family.name} have no such tensors: "
+    return replace(
+        checkpoint,
+        tensors=tuple(tensor for tensor in checkpoint.tensors if tensor.name not in own),
+        notes=(*checkpoint.notes, f"{note}{', '.join(sorted(own))}."),
+    )
+
+
 def moe_layer(layer_path: str, experts: int, family: Family) -> MoELayer:
     """A layer with its MoE block where transformers has it in memory."""
     pattern = family.fused[0].pattern if family.fused else "{layer}.mlp.experts"
@@ -122,10 +140,10 @@ def _check_conserved(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
 
 def _taken_apart(tensor: Tensor, family: Family) -> list[Tensor]:
     """The canonical tensors in one of transformers' fused ones; none for other tensors."""
-    if not isinstance(tensor.name, str):
+    if not isinstance(tensor.name, str) or tensor.name.startswith(family.apart):
         return []
     for stored in family.fused:
-        match = compiled(stored.pattern).fullmatch(tensor.name)
+        match = None if stored.per_expert else compiled(stored.pattern).fullmatch(tensor.name)
         if match is not None:
             return split(tensor, stored, family.published_path(match["layer"]))
     return _parts(tensor, family)

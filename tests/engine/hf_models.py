@@ -6,7 +6,12 @@ H 32, I 12, D 20, S 28, E 4, vocabulary 64: no two sizes alike, so that a wrong 
 
 from __future__ import annotations
 
+import re
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+from ckpt_tool.families import families
 
 H, I, D, S, E = 32, 12, 20, 28, 4
 BASE: dict[str, Any] = dict(
@@ -29,6 +34,10 @@ LINEAR = dict(
     layer_types=["linear_attention", "full_attention", "linear_attention"], linear_num_value_heads=4,
     linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
 )  # fmt: skip
+HYBRID = dict(
+    swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8, d_rel=4, rel_extent=16,
+    layer_types=["hybrid"] * 3,
+)  # fmt: skip
 ROPE = dict(rope_type="default", mrope_section=[2, 1, 1], rope_theta=10000.0, partial_rotary_factor=1.0)
 VISION = dict(
     hidden_size=16, depth=2, num_heads=2, intermediate_size=16, out_hidden_size=H, num_hidden_layers=2,
@@ -39,13 +48,27 @@ SMALL_VISION = dict(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16,
     patch_size=4,
 )  # fmt: skip
+AUDIO = dict(
+    d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16, output_dim=H, n_window=4
+)  # fmt: skip
+SAM = dict(
+    hidden_size=16, output_channels=8, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=4,
+    window_size=2, global_attn_indexes=[0], mlp_dim=16, downsample_channels=[8, 16],
+)  # fmt: skip
+SEQ2SEQ = dict(d_model=H, num_experts=E, tie_word_embeddings=True)
+SMALL_ENCODER = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
 
 TEXT: dict[str, dict[str, Any]] = {
     "mixtral": LOCAL,
     "qwen2_moe": PLAIN | SHARED,
     "qwen3_moe": PLAIN,
     "qwen3_next": PLAIN | SHARED | LINEAR,
+    "flint": PLAIN | SHARED | FULL | dict(mlp_only_layers=[0]),
     "qwen3_5_moe_text": PLAIN | SHARED | LINEAR,
+    "qwen4_exp_text": PLAIN | SHARED | LINEAR | dict(
+        layer_types=["linear_attention", "indexed_attention", "linear_attention"], hc_count=2, hc_lowrank=8,
+        indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=4, indexer_compress_ratio=2,
+    ),
     "qwen3_vl_moe_text": PLAIN,
     "qwen3_omni_moe_text": PLAIN,
     "deepseek_v2": ROUTED | DENSE1 | MLA,
@@ -128,7 +151,15 @@ TEXT: dict[str, dict[str, Any]] = {
         num_shared_experts=1, n_group=1, topk_group=1, layer_group_size=2
     ),
     "axk1": ROUTED | KINDS | MLA,
+    "axk2": ROUTED | KINDS | MLA | INDEX | dict(gated_norm_rank=4),
+    "dots3_note_text": ROUTED | KINDS | MLA | INDEX | dict(
+        shared_experts_intermediate_size=S, layer_types=["indexed_attention"] * 3, head_dim=16
+    ),
     "mellum": PLAIN | FULL | dict(mlp_layer_types=["sparse"] * 3),
+    "beam": PLAIN | KINDS | FULL | dict(n_group=1, topk_group=1),
+    "kolibri1": PLAIN | SHARED | FULL,
+    "muse_spark_text": MOE | KINDS | FULL | dict(num_local_experts=E, moe_hidden_size=24),
+    "inkling_text": ROUTED | KINDS | HYBRID,
     "openai_privacy_filter": LOCAL,
     "zaya": PLAIN | dict(num_experts_per_tok=1),
     "hy_v4": MOE | KINDS | dict(n_routed_experts=E, n_shared_experts=1),
@@ -140,6 +171,14 @@ TEXT: dict[str, dict[str, Any]] = {
     "glm5_next_text": ROUTED | KINDS | MLA | dict(
         qk_rope_head_dim=0, layer_types=["linear_attention", "deepseek_sparse_attention", "linear_attention"]
     ),
+    "switch_transformers": SEQ2SEQ | dict(
+        d_kv=8, d_ff=I, num_layers=2, num_decoder_layers=2, num_heads=4, num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+    ),
+    "nllb-moe": SEQ2SEQ | dict(
+        encoder_ffn_dim=I, decoder_ffn_dim=D, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_sparse_step=2, decoder_sparse_step=2,
+    ),
     "doge": dict(num_experts=E, intermediate_size=D, num_experts_per_tok=2, is_moe=True, num_keys=4),
 }  # fmt: skip
 
@@ -148,6 +187,9 @@ def _text(name: str, **more: Any) -> dict[str, Any]:
     return BASE | TEXT[name] | more
 
 
+THINKER = dict(
+    text_config=_text("qwen3_vl_moe_text", rope_parameters=ROPE), vision_config=VISION, audio_config=AUDIO
+)  # fmt: skip
 COMPOSITE: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": dict(text_config=_text("qwen3_vl_moe_text", rope_parameters=ROPE), vision_config=VISION),
     "qwen3_5_moe": dict(text_config=_text("qwen3_5_moe_text", rope_parameters=ROPE), vision_config=VISION),
@@ -160,10 +202,87 @@ COMPOSITE: dict[str, dict[str, Any]] = {
         text_config=_text("minimax_m3_vl_text", model_type="minimax_m3_vl_text"), vision_config=VISION
     ),
     "kimi_k25": dict(text_config=_text("deepseek_v3", model_type="deepseek_v3"), vision_config=VISION),
-    "qwen3_omni_moe_thinker": dict(
-        text_config=_text("qwen3_vl_moe_text", rope_parameters=ROPE), vision_config=VISION,
-        audio_config=dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16,
-                          output_dim=H, n_window=4),
+    "qwen4_exp": dict(text_config=_text("qwen4_exp_text", rope_parameters=ROPE), vision_config=VISION),
+    "qwen3_omni_moe_thinker": THINKER,
+    "qwen3_omni_moe": dict(
+        thinker_config=THINKER,
+        talker_config=dict(
+            text_config=_text("qwen3_omni_moe_text", moe_intermediate_size=6, shared_expert_intermediate_size=10),
+            code_predictor_config=BASE | dict(intermediate_size=16, num_hidden_layers=1), num_code_groups=2,
+            spatial_merge_size=2, thinker_hidden_size=H,
+        ),
+        code2wav_config=SMALL_ENCODER | dict(
+            codebook_size=8, num_key_value_heads=2, num_quantizers=2, decoder_dim=16, upsample_rates=[2],
+            upsampling_ratios=[2],
+        ),
+    ),
+    "inkling_mm_model": dict(
+        text_config=_text("inkling_text"),
+        vision_config=dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=4),
+        audio_config=dict(n_mel_bins=4, mel_vocab_size=8),
+    ),
+    "inkling2": dict(
+        text_config=BASE | HYBRID | dict(
+            moe_intermediate_size=I, num_experts_per_tok=2, n_routed_experts=E, unpadded_vocab_size=64,
+            n_layers_per_attn_res_block=1,
+        ),
+        vision_config=SMALL_ENCODER | dict(
+            patch_size=4, text_hidden_size=H, projection_hidden_dim=16, posemb_grid_size=4
+        ),
+    ),
+    "mistral_large4": dict(
+        text_config=BASE | ROUTED | KINDS | MLA | INDEX,
+        vision_config=SMALL_VISION | dict(model_type="pixtral", head_dim=8),
+    ),
+    "muse_spark": dict(
+        text_config=_text("muse_spark_text"),
+        vision_config=SMALL_ENCODER | dict(patch_size=4, pos_emb_height=4, pos_emb_width=4),
+        audio_config=dict(
+            patch_sizes=[2, 2], hidden_sizes=[8, 16], depths=[1, 1], num_hidden_layers=2, out_hidden_size=H
+        ),
+        out_hidden_size=16, projector_hidden_size=16,
+    ),
+    "dots3_note": dict(
+        text_config=_text("dots3_note_text"),
+        vision_config=SMALL_ENCODER | dict(
+            num_hidden_layers=2, moe_intermediate_size=6, patch_size=4, adapter_in_dim=16, adapter_out_dim=H,
+            pyramid_num_routed=[-1, 2], num_experts_per_tok=1,
+        ),
+        audio_config=SMALL_ENCODER | dict(
+            adapter_input_size=16, adapter_out_dim=H, downsample_hidden_size=4, feature_size=8
+        ),
+    ),
+    "deepseek_ocr2": dict(
+        text_config=BASE | ROUTED | KINDS | dict(num_key_value_heads=4),
+        vision_config=dict(
+            sam_config=SAM, encoder_config=SMALL_ENCODER | dict(num_key_value_heads=2, vocab_size=8)
+        ),
+    ),
+    "unlimited_ocr": dict(
+        text_config=BASE | ROUTED | KINDS | dict(num_key_value_heads=4),
+        vision_config=dict(
+            sam_config=SAM, encoder_config=SMALL_ENCODER | dict(image_size=16, patch_size=4)
+        ),
+    ),
+    "nemo_speechlm": dict(
+        text_config=_text(
+            "nemotron_h", model_type="nemotron_h", layers_block_type=["attention", "moe", "mamba"]
+        ),
+        audio_config=dict(
+            asr_config=SMALL_ENCODER | dict(num_mel_bins=8),
+            diarization_config=dict(
+                audio_config=SMALL_ENCODER | dict(num_mel_bins=8),
+                head_config=dict(hidden_size=16, audio_hidden_size=16),
+            ),
+        ),
+        word_timestamp_config=SMALL_ENCODER | dict(vocab_size=9, blank_token_id=8),
+    ),
+    "diffusion_gemma": dict(
+        text_config=BASE | PLAIN | dict(
+            top_k_experts=2, layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            global_head_dim=8, tie_word_embeddings=True,
+        ),
+        vision_config=SMALL_VISION | dict(num_key_value_heads=2, head_dim=8), canvas_length=8,
     ),
     "aria": dict(text_config=_text("aria_text", model_type="aria_text"), vision_config=SMALL_VISION),
     "step3p7": dict(text_config=BASE | MOE | KINDS | dict(
@@ -180,26 +299,83 @@ COMPOSITE: dict[str, dict[str, Any]] = {
 
 MODELS = tuple(TEXT) + tuple(COMPOSITE)
 
+# What only the newer of the releases they are tested with can build: it has the family, or beside it is
+# installed what the family's code imports.
+NEWER_ONLY = (
+    "dots3_note", "dots3_note_text", "flint", "inkling2", "inkling_mm_model", "mistral_large4", "nemo_speechlm",
+)  # fmt: skip
+_IMPORTS = {"inkling_mm_model": "scipy"}
+
+# Model types in the tables that cannot be built, or that need not be.
+NOT_BUILT = {
+    "gemma4_unified": "has the names of gemma4, and no experts",
+    "gemma4_unified_text": "has the names of gemma4_text, and no experts",
+    "inkling": "another name of inkling_mm_model",
+    "kimi_k2": "has no class in transformers; its files have the names of deepseek_v3",
+    "llama": "is not sparse",
+    "mistral": "is not sparse",
+    "mistral3/mistral4": "is built as mistral3",
+    "qwen2": "is not sparse",
+    "qwen3": "is not sparse",
+    "step3p5": "is the text model of step3p7; no class builds it alone",
+}
+
+# Model code of transformers with experts that the tables have no family of.
+NOT_IN_TABLES = {
+    "ernie4_5_vl_moe": "numbers experts for text and for images, of different sizes, as one list",
+}
+
 # Models no Auto class builds.
 _CLASSES = {
     "qwen3_omni_moe_thinker": "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeForConditionalGeneration",
     "qwen3_omni_moe_text": "Qwen3OmniMoeThinkerTextModel",
     "kimi_k25": "Kimi_K25ForConditionalGeneration",
+    "nemo_speechlm": "Nemotron3_5TranscribeForConditionalGeneration",
 }
+
+
+def can_build(name: str) -> bool:
+    """Whether the installed release has the family, and what its code imports is there."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return name in CONFIG_MAPPING_NAMES and find_spec(_IMPORTS.get(name, "transformers")) is not None
+
+
+def without_family() -> list[str]:
+    """The model code of the installed release that defines experts, and that no family's type belongs to."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+
+    known = {model_type for family in families() for model_type in family.model_types}
+    covered = {model_type_to_module_name(name) for name in CONFIG_MAPPING_NAMES if name in known}
+    return sorted(
+        path.parent.name
+        for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+        if path.parent.name not in covered
+        and re.search(r"^class \w*Experts\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+    )
 
 
 def build(name: str, seed: int = 1) -> Any:
     """A model with random weights, buffers that are saved included; raises what transformers raises."""
     import torch
     import transformers
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+    )
 
-    options = COMPOSITE[name] if name in COMPOSITE else BASE | TEXT[name]
+    options = COMPOSITE[name] if name in COMPOSITE else _text(name)
     config = AutoConfig.for_model(name, **options)
     if name in _CLASSES:
         model = getattr(transformers, _CLASSES[name])._from_config(config, attn_implementation="eager")
     else:
         first = AutoModelForImageTextToText if name in COMPOSITE else AutoModelForCausalLM
+        first = AutoModelForSeq2SeqLM if config.is_encoder_decoder else first
         known = type(config) in first._model_mapping
         model = (first if known else AutoModel).from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)

@@ -17,6 +17,7 @@ from tests.formats.hub_files import Tensors, convert, equal, experts, noise, pla
 
 E, H, I = 4, 32, 12  # noqa: E741
 LAYER = "model.layers.0"
+INSIDE = "model.language_model.layers.0"
 
 
 def assert_experts(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -353,6 +354,14 @@ def test_other_schemes_are_named_and_refused(tmp_path: Path, method: str) -> Non
         plan_for(path)
 
 
+def test_fp8_that_the_config_does_not_describe_is_refused(tmp_path: Path) -> None:
+    path, stored = deepseek_fp8(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    with pytest.raises(UsageError, match=r"fp8 that config\.json does not describe"):
+        plan_for(write(path, config, stored))
+
+
 # ---- composites with a text model inside
 
 
@@ -459,7 +468,107 @@ def test_minimax_m3_composite_splits_what_is_fused_in_memory(tmp_path: Path) -> 
     assert all(equal(written[name], tensor) for name, tensor in stored.items())
 
 
+@pytest.mark.parametrize("inside", ["", "language_model."], ids=["as_published", "of_newer_releases"])
+def test_qwen3_omni_moe_leaves_its_talker_alone(tmp_path: Path, inside: str) -> None:
+    """The talker's experts have a size that the thinker's config does not state."""
+    text = {"model_type": "qwen3_omni_moe_text", "num_hidden_layers": 1, "num_experts": E, "hidden_size": H}
+    config = {"thinker_config": {"text_config": text | {"moe_intermediate_size": I}}}
+    layer = "thinker.model.layers.0"
+    stored = {
+        f"{at}.mlp.experts.{e}.{name}_proj.weight": noise(*shape, seed=e)
+        for at, inner in ((f"thinker.model.{inside}layers.0", I), ("talker.model.layers.0", 6))
+        for e in range(E)
+        for name, shape in (("gate", (inner, H)), ("up", (inner, H)), ("down", (H, inner)))
+    }
+    path = write(tmp_path / "hub", config | {"model_type": "qwen3_omni_moe"}, stored)
+    thinker = {name.replace(inside, ""): tensor for name, tensor in stored.items() if "thinker" in name}
+    expected = {
+        name: torch.stack([thinker[f"{layer}.mlp.experts.{e}.{name}_proj.weight"] for e in range(E)])
+        for name in ("gate", "up", "down")
+    }
+    checkpoint, values = read(path)
+    assert_experts(experts(values, layer), expected)
+    assert [moe.layer_path for moe in checkpoint.moe_layers] == [layer]
+    talker = {name: tensor for name, tensor in stored.items() if "talker" in name}
+    assert set(again(path, tmp_path, "hub")) == set(thinker) | set(talker)
+    memory = again(path, tmp_path, "fused")
+    outside(memory, talker)
+    assert equal(memory[f"{layer}.mlp.experts.down_proj"], expected["down"])
+
+
 # ---- layouts of one family each
+
+
+def test_inkling_alternates_rows(tmp_path: Path) -> None:
+    text = {"num_hidden_layers": 1, "n_routed_experts": E, "hidden_size": H, "moe_intermediate_size": I}
+    at = "model.llm.layers.0.mlp"
+    both, down = noise(E, 2 * I, H), noise(E, H, I)
+    bias = noise(E, dtype=torch.float32)
+    stored = {f"{at}.experts.w13_weight": both, f"{at}.experts.w2_weight": down, f"{at}.gate.bias": bias}
+    path = write(tmp_path / "hub", {"model_type": "inkling_mm_model", "text_config": text}, stored)
+    expected = {"gate": both[:, 0::2], "up": both[:, 1::2], "down": down}
+    assert_experts(experts(read(path)[1], "model.llm.layers.0"), expected)
+    memory = again(path, tmp_path, "fused")
+    assert equal(
+        memory[f"{INSIDE}.mlp.experts.gate_up_proj"], torch.cat([expected["gate"], expected["up"]], 1)
+    )
+    assert equal(memory[f"{INSIDE}.mlp.gate.e_score_correction_bias"], bias)
+    outside(again(tmp_path / "written_fused", tmp_path, "hub", "again"), stored)
+
+
+def test_mistral_large4_has_mistrals_own_names(tmp_path: Path) -> None:
+    text = {
+        "model_type": "mistral_large4_text", "num_hidden_layers": 1, "first_k_dense_replace": 0,
+        "n_routed_experts": E, "hidden_size": H, "moe_intermediate_size": I,
+    }  # fmt: skip
+    stored = {
+        f"layers.0.experts.{e}.{name}.weight": noise(*shape, seed=e)
+        for e in range(E)
+        for name, shape in (("w1", (I, H)), ("w3", (I, H)), ("w2", (H, I)))
+    }
+    dense = {
+        "tok_embeddings.weight": ("model.language_model.embed_tokens.weight", noise(64, H)),
+        "output.weight": ("lm_head.weight", noise(64, H, seed=1)),
+        "layers.0.attention.wo.weight": (f"{INSIDE}.self_attn.o_proj.weight", noise(H, H)),
+        "layers.0.attention.indexer.wk.weight": (f"{INSIDE}.self_attn.indexer.wk.weight", noise(16, H)),
+        "layers.0.ffn_norm.weight": (f"{INSIDE}.post_attention_layernorm.weight", noise(H)),
+        "layers.0.gate.weight": (f"{INSIDE}.mlp.gate.weight", noise(E, H)),
+        "layers.0.shared_experts.w3.weight": (f"{INSIDE}.mlp.shared_experts.up_proj.weight", noise(28, H)),
+    }
+    stored |= {name: tensor for name, (_, tensor) in dense.items()}
+    path = write(tmp_path / "hub", {"model_type": "mistral_large4", "text_config": text}, stored)
+    expected = {
+        projection: torch.stack([stored[f"layers.0.experts.{e}.{name}.weight"] for e in range(E)])
+        for projection, name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    }
+    assert_experts(experts(read(path)[1], "layers.0"), expected)
+    memory = again(path, tmp_path, "fused")
+    fused = torch.cat([expected["gate"], expected["up"]], 1)
+    assert equal(memory[f"{INSIDE}.mlp.experts.gate_up_proj"], fused)
+    outside(memory, dict(dense.values()))
+    written = again(tmp_path / "written_fused", tmp_path, "hub", "again")
+    assert set(written) == set(stored)
+    outside(written, stored)
+
+
+def test_experts_narrower_than_the_model_are_checked_by_their_own_size(tmp_path: Path) -> None:
+    config = {
+        "model_type": "muse_spark_text", "num_hidden_layers": 1, "num_local_experts": E, "hidden_size": H,
+        "moe_hidden_size": 24, "moe_intermediate_size": I,
+    }  # fmt: skip
+    at = f"{LAYER}.mlp.experts"
+    fused, down = noise(E, 2 * I, 24), noise(E, 24, I)
+    stored = {
+        f"{at}.gate_up_proj": fused,
+        f"{at}.down_proj": down,
+        "model.embed_tokens.weight": noise(64, H),
+    }
+    path = write(tmp_path / "hub", config, stored)
+    expected = {"gate": fused[:, :I], "up": fused[:, I:], "down": down}
+    assert_experts(experts(read(path)[1], LAYER), expected)
+    outside(again(path, tmp_path, "hub"), stored)
+    with pytest.raises(MismatchError, match="moe_hidden_size 20"):
+        plan_for(write(path, config | {"moe_hidden_size": 20}, stored))
 
 
 def test_dbrx_flattens_experts_into_rows(tmp_path: Path) -> None:

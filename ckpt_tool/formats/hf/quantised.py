@@ -41,7 +41,9 @@ def decoded(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> 
     """
     scheme = scheme_of(config)
     if scheme is None or config is None:
-        return dict(tensors)
+        # Raw FP8 is no value without its scales, and only the config says how they are to be applied.
+        unknown = "fp8 that config.json does not describe"
+        return {key: _unreadable(t, unknown) if _is_fp8(t) else t for key, t in tensors.items()}
     if scheme == "fp8":
         return _fp8(tensors, _block_size(config))
     if scheme == "mxfp4":
@@ -99,6 +101,10 @@ def _fp8(tensors: Mapping[str, Tensor], block: tuple[int, int] | None) -> dict[s
         elif name not in used:
             found[name] = _unreadable(tensor, "fp8 without block scales") if _is_weight(tensor) else tensor
     return found
+
+
+def _is_fp8(tensor: Tensor) -> bool:
+    return len(tensor.shape) > 1 and tensor.dtype in _FLOAT8
 
 
 def _is_weight(tensor: Tensor) -> bool:

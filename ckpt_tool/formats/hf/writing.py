@@ -44,7 +44,8 @@ def layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
     files = [safetensors_file(path, part, {"format": "pt"}) for path, part in shards.items()]
     if list(shards) != [SINGLE]:
         files.append(text_file(INDEX, _index(shards)))
-    new_config, notes = _new_config(config, family, None if keep_encoded else _written_dtype(slots))
+    written = most_used((slot.dtype, slot.nbytes) for _, slot in slots)
+    new_config, notes = _new_config(config, family, None if keep_encoded else written)
     files.append(text_file("config.json", json.dumps(new_config, indent=2) + "\n"))
     for name, data in options.extra_files.items():
         files.append(TargetFile(name, len(data), (Literal(0, data),) if data else ()))
@@ -133,12 +134,12 @@ def _index(shards: Mapping[str, list[Named]]) -> str:
     return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
 
 
-def _written_dtype(slots: list[Named]) -> DType:
+def most_used(sizes: Iterable[tuple[DType, int]]) -> DType:
     """The dtype of most bytes."""
-    sizes: dict[DType, int] = {}
-    for _, slot in slots:
-        sizes[slot.dtype] = sizes.get(slot.dtype, 0) + slot.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype])
+    total: dict[DType, int] = {}
+    for dtype, nbytes in sizes:
+        total[dtype] = total.get(dtype, 0) + nbytes
+    return max(total, key=lambda dtype: total[dtype])
 
 
 def _new_config(
@@ -146,9 +147,17 @@ def _new_config(
 ) -> tuple[dict[str, Any], list[str]]:
     """The config as given, but with the dtype that was written, which transformers loads in, and with the
     hub's name of the number of experts. ``dtype`` None leaves everything as it is."""
-    new: dict[str, Any] = json.loads(json.dumps(config))
     if dtype is None:
-        return new, []
+        return dict(config), []
+    new, notes = config_in(config, dtype)
+    for part in _with_nested(new):
+        _name_experts(part, family)
+    return new, notes
+
+
+def config_in(config: Mapping[str, Any], dtype: DType) -> tuple[dict[str, Any], list[str]]:
+    """The config of a model whose weights are ``dtype`` and not quantised, and what is to be said of it."""
+    new: dict[str, Any] = json.loads(json.dumps(config))
     notes = []
     parts = _with_nested(new)
     dropped = [part.pop("quantization_config", None) for part in parts]
@@ -158,7 +167,6 @@ def _new_config(
         for key in ("dtype", "torch_dtype"):
             if key in part or part is new:
                 part[key] = dtype.torch_name
-        _name_experts(part, family)
     return new, notes
 
 
