@@ -164,7 +164,7 @@ def convert(
     ] = None,
     style: Annotated[
         str | None,
-        typer.Option("--style", help="dcp: torchtitan, accelerate, plain or transformers."),
+        typer.Option("--style", help="dcp: torchtitan, accelerate, transformers, veomni or plain."),
     ] = None,
     hf_layout: HfLayout = None,
     dtype: Annotated[

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from ckpt_tool.errors import MismatchError, UnreadableError
+from ckpt_tool.formats.dcp.beside import VEOMNI, is_veomni
 from ckpt_tool.formats.dcp.contents import Contents, metadata_files, read_directory
 from ckpt_tool.formats.dcp.keys import Scheme, Sorted, sort_entries
 from ckpt_tool.formats.dcp.shards import read_shards, shard_directory
@@ -51,7 +52,7 @@ def read_directories(reader: Reader) -> Found:
     contents = read_directory(reader, "")
     entries = sort_entries(contents, reader.root)
     titan = any(TITAN_NAME.fullmatch(fqn) for fqn in entries.model) and not entries.model_root
-    style = "torchtitan" if titan else "plain"
+    style = "torchtitan" if titan else VEOMNI if is_veomni(reader) else "plain"
     scheme = Scheme(style, entries.model_root, entries.optimizer_root, entries.flat or titan)
     return Found(scheme, contents, entries)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from ckpt_tool.canonical import DOWN, GATE, UP, ExpertName, Tensor, TensorName
 from ckpt_tool.families import Family
 from ckpt_tool.families.naming import from_hub
+from ckpt_tool.formats.dcp.titan import numbered
 
 _TITAN = re.compile(
     r"(?P<layer>(?:mtp_)?layers\.\d+)\.moe\.(?:routed_experts\.inner_)?experts\.(?P<w>w[123])"
@@ -57,13 +58,18 @@ class Named(NamedTuple):
     names: dict[str, tuple[TensorName, ...]]
 
 
-def canonical(tensors: Mapping[str, Tensor], family: Family | None) -> Named:
-    """Stacks of experts where they are recognised; all else under its own name. Keeps the order."""
+def canonical(tensors: Mapping[str, Tensor], family: Family | None, layers: int) -> Named:
+    """Stacks of experts where they are recognised; all else under its own name. Keeps the order.
+
+    Args:
+        layers: how many there are before torchtitan's ``mtp_layers``, which get the numbers after.
+    """
     found: list[Tensor | ExpertName] = []
     names: dict[str, tuple[TensorName, ...]] = {}
     per_expert: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        expert = titan_expert(key)
+        own = numbered(key, layers)
+        expert = titan_expert(own)
         match = family.match(key) if family else None
         if expert is not None:
             parts = [replace(tensor, name=expert)]
@@ -75,7 +81,7 @@ def canonical(tensors: Mapping[str, Tensor], family: Family | None) -> Named:
                 found.append(name)
             continue
         else:
-            parts = from_hub({key: tensor}, family)
+            parts = from_hub({own: replace(tensor, name=own)}, family)
         names[key] = tuple(part.name for part in parts)
         found += parts
     stacks = {stack.name: stack for stack in from_hub(per_expert, family)}

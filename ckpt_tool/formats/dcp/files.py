@@ -24,7 +24,7 @@ from ckpt_tool.containers.dcp_metadata import (
 )
 from ckpt_tool.containers.distcp import Span, concatenated
 from ckpt_tool.containers.safetensors import safetensors_file
-from ckpt_tool.containers.torch_zip import torch_file
+from ckpt_tool.containers.torch_zip import Inline, torch_file
 from ckpt_tool.errors import CoverageError
 from ckpt_tool.formats.dcp.shards import SHARDING_INFO
 from ckpt_tool.formats.deepspeed.scalars import saved_scalar
@@ -42,7 +42,8 @@ class Placement(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An entry to be saved: a tensor in chunks, a scalar, or an object, in the one place it has."""
+    """An entry to be saved: a tensor in chunks; a tensor known beforehand, a scalar, or an object, in the
+    one place it has."""
 
     key: str
     path: Path
@@ -124,7 +125,8 @@ def dcp_directory(directory: str, items: Sequence[Item], files: Iterable[str]) -
     Args:
         files: all .distcp files, those that hold nothing among them.
     """
-    ordered = sorted(items, key=lambda item: isinstance(item.value, Tensor | Scalar))  # objects first
+    tensors = (Tensor, Scalar, Inline)
+    ordered = sorted(items, key=lambda item: isinstance(item.value, tensors))  # objects first
     contents = _Directory(ordered, files)
 
     def make(file: str) -> tuple[TargetFile, list[Span]]:
@@ -157,6 +159,10 @@ def _metadata(items: Sequence[Item], stored: dict[tuple[str, tuple[int, ...]], S
         if isinstance(value, Tensor):
             chunks = tuple(Chunk(p.offsets, p.sizes, stored[item.key, p.offsets]) for p in item.places)
             entries[item.key] = TensorEntry(value.shape, item.dtype or value.dtype, chunks)
+        elif isinstance(value, Inline):
+            (place,) = item.places
+            chunk = Chunk(place.offsets, place.sizes, stored[item.key, place.offsets])
+            entries[item.key] = TensorEntry(value.shape, value.dtype, (chunk,))
         elif isinstance(value, Scalar) and value.dtype is not None:
             entries[item.key] = TensorEntry((), value.dtype, (Chunk((), (), stored[item.key, ()]),))
         else:

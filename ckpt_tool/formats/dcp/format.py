@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 from ckpt_tool.canonical import Checkpoint
+from ckpt_tool.errors import UnreadableError
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.dcp import reader as reading
 from ckpt_tool.formats.dcp.directories import recognises
 from ckpt_tool.formats.dcp.target import make_layout
 from ckpt_tool.layout import Layout
 from ckpt_tool.storage import Reader
+
+# What torch_checkpointing 0.1.0 calls its files (metadata_serialization.py, checkpoint_layout.py).
+_RELATED_METADATA, _RELATED_FILE = "metadata.pkl", re.compile(r"\w+_\d+\.pt")
 
 
 class Dcp:
@@ -17,11 +23,22 @@ class Dcp:
     name = "torch-dcp"
 
     def recognises(self, reader: Reader) -> bool:
-        return recognises(reader)
+        return recognises(reader) or _is_torch_checkpointing(reader)
 
     def read(self, reader: Reader) -> Checkpoint:
+        if _is_torch_checkpointing(reader):
+            raise UnreadableError(
+                f"{reader.root} was saved by torch_checkpointing ({_RELATED_METADATA} and a file for each "
+                "item and rank), a format of its own that ckpt-tool does not read. Save with torchtitan's "
+                "CheckpointManager (components/checkpointer/dcp.py), which writes torch DCP."
+            )
         return reading.read(reader, self.name)
 
     def layout(self, checkpoint: Checkpoint, options: TargetOptions) -> Layout:
         """The files that a run of ``options.world`` ranks would have saved itself."""
         return make_layout(checkpoint, options)
+
+
+def _is_torch_checkpointing(reader: Reader) -> bool:
+    names = reader.list()
+    return _RELATED_METADATA in names and any(_RELATED_FILE.fullmatch(name) for name in names)

@@ -8,7 +8,7 @@ apart as text either way (torch/distributed/checkpoint/state_dict.py, ``_flatten
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,11 +160,18 @@ def _split_model(
             found.model[key.removeprefix(prefix)] = held
         else:
             found.other_tensors[key] = held
-    missing = [fqn for fqn in trained if fqn not in found.model]
+    missing = [fqn for fqn in trained if fqn not in found.model and not fused_parts(fqn, found.model)]
     if missing and found.model:
         raise MismatchError(
             f"{root} has optimizer state of {missing[0]} ({len(missing)} such), but no such parameter."
         )
+
+
+def fused_parts(fqn: str, model: Container[str]) -> tuple[str, str, str] | None:
+    """The parameters that a module of torchtitan saves its fused ``wqkv`` as (see ``titan``)."""
+    path, _, kind = fqn.rpartition(".wqkv.")
+    parts = (f"{path}.wq.{kind}", f"{path}.wk.{kind}", f"{path}.wv.{kind}")
+    return parts if path and fqn not in model and all(part in model for part in parts) else None
 
 
 def _model_root(rest: Mapping[str, Held], paths: Mapping[str, Path], trained: Iterable[str]) -> Path:

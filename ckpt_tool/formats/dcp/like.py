@@ -9,14 +9,16 @@ from typing import Any
 
 from ckpt_tool.canonical import WEIGHT, Checkpoint, DType, Scalar, Tensor
 from ckpt_tool.containers.dcp_metadata import Path
+from ckpt_tool.containers.torch_zip import Inline
 from ckpt_tool.errors import MismatchError
 from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.dcp.beside import carry
 from ckpt_tool.formats.dcp.contents import Held
 from ckpt_tool.formats.dcp.files import Item, Placement, dcp_directory, sharded_model
 from ckpt_tool.formats.dcp.names import Styled, styled
 from ckpt_tool.formats.dcp.options import group_options
 from ckpt_tool.formats.dcp.reader import Hint
-from ckpt_tool.layout import Layout, LazyFiles, Maker
+from ckpt_tool.layout import Layout, LazyFiles, Maker, given
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,16 @@ def like_layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
     if template is None or not isinstance(template.layout_hint, Hint):
         raise MismatchError("--like names no DCP checkpoint.")
     hint: Hint = template.layout_hint
-    found = styled(checkpoint, template.dialect, options.config or template.model_config)
+    found = styled(checkpoint, template.dialect, options.config or template.model_config, hint.fused)
     filler = _Filler(hint, found, template.root, checkpoint)
     items = filler.items()
-    notes = [*checkpoint.notes, *filler.notes()]
-    return Layout(_files(hint, items), (), {**found.left_out, **filler.left_out()}, tuple(notes))
+    carried = carry(checkpoint, hint.scheme.style, template.topology.world_size)
+    notes = [*carried.notes, *found.notes, *filler.notes()]
+    files = LazyFiles([*map(given, carried.files), *_makers(hint, items)])
+    return Layout(files, (), {**found.left_out, **filler.left_out()}, tuple(notes))
 
 
-def _files(hint: Hint, items: list[Item]) -> LazyFiles:
+def _makers(hint: Hint, items: list[Item]) -> list[Maker]:
     makers: list[Maker] = []
     last: list[Maker] = []
     shards = [item for item in items if item.places[0].file.endswith(".safetensors")]
@@ -59,7 +63,7 @@ def _files(hint: Hint, items: list[Item]) -> LazyFiles:
         made, metadata = dcp_directory(directory, held, files)
         makers += made
         last.append(metadata)
-    return LazyFiles([*makers, *last])
+    return [*makers, *last]
 
 
 def _files_of(items: list[Item]) -> list[str]:
@@ -93,7 +97,7 @@ class _Filler:
     def _path(self, key: str) -> Path:
         return self._hint.paths.get(key, (key,))
 
-    def _value(self, key: str, held: Held) -> Tensor | Scalar:
+    def _value(self, key: str, held: Held) -> Tensor | Scalar | Inline:
         if held.scalar is not None and id(held) not in self._meaning:
             theirs = self._scalars.get(key)
             return held.scalar if theirs is None else replace(theirs, dtype=held.scalar.dtype)
@@ -102,7 +106,9 @@ class _Filler:
             self._kept.append(key)
             return held.tensor
         wanted = (self._found.aliases.get(meaning.name, meaning.name), meaning.state)
-        tensor = self._found.tensors.get(wanted)
+        tensor = self._found.tensors.get(wanted) or self._zeros(meaning)
+        if isinstance(tensor, Inline):
+            return tensor
         if tensor is None:
             raise MismatchError(
                 f"{self._root} has {meaning.name} [{meaning.state}], and the source has not. The "
@@ -115,6 +121,9 @@ class _Filler:
             )
         self._used.add(wanted)
         return tensor
+
+    def _zeros(self, meaning: _Meaning) -> Inline | None:
+        return self._found.zeros.get(meaning.name) if meaning.state == WEIGHT else None
 
     def _dtype(self, held: Held) -> DType | None:
         """The template's: a run that trains in bf16 holds bf16."""

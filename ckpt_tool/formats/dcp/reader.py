@@ -30,19 +30,17 @@ from ckpt_tool.containers.dcp_metadata import Path
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import MismatchError, UnreadableError, UnsafePickleError, UsageError
 from ckpt_tool.families import Family, family_of
+from ckpt_tool.formats.dcp.beside import SCHEDULER_LEFT_OUT, Beside, find_beside
 from ckpt_tool.formats.dcp.contents import Held
 from ckpt_tool.formats.dcp.directories import TITAN_NAME, Found, read_directories
 from ckpt_tool.formats.dcp.experts import canonical, is_stacked, titan_expert
 from ckpt_tool.formats.dcp.keys import Scheme, Sorted
+from ckpt_tool.formats.dcp.titan import Fused, main_layers, take_apart
 from ckpt_tool.formats.dcp.topology import ep_size, layers_of, topology, world_size
 from ckpt_tool.storage import Reader
 
 _BUFFER = re.compile(
     r".*(?:expert_bias(?:_E)?|e_score_correction_bias|inv_freq|running_mean|running_var|num_batches_tracked)"
-)
-# accelerate's, the Trainer's and VeOmni's files of single ranks
-_PER_RUN = re.compile(
-    r"random_states_\d+\.pkl|rng_state(?:_\d+)?\.pth|(?:sampler|dl_state_dict)\w*\.bin|scaler\.pt|extra_state"
 )
 _EMBEDDINGS = ("model.embed_tokens.weight", "tok_embeddings.weight")
 _HEADS = ("lm_head.weight", "output.weight")
@@ -52,7 +50,8 @@ _HEADS = ("lm_head.weight", "output.weight")
 class Hint:
     """What the writer needs to write the like again: the keys, and each entry's chunks and file.
 
-    ``files`` are all .distcp files, those that hold nothing among them.
+    ``files`` are all .distcp files, those that hold nothing among them. ``fused`` are torchtitan's
+    parameters whose states are taken apart in the catalogue, and not in ``sorted``.
     """
 
     scheme: Scheme
@@ -63,6 +62,8 @@ class Hint:
     files: tuple[str, ...]
     sorted: Sorted
     names: Mapping[str, tuple[TensorName, ...]]
+    fused: Mapping[str, Fused]
+    beside: Beside
 
 
 def read(reader: Reader, name: str) -> Checkpoint:
@@ -106,14 +107,13 @@ class _Catalogue:
         family: Family | None,
         notes: tuple[str, ...],
     ) -> None:
-        self._reader, self._found, self._entries = reader, found, found.sorted
+        self._reader, self._found = reader, found
+        self._entries, self._fused = take_apart(found.sorted, config, reader.root)
+        self._layers = main_layers(self._entries.model)
         self._config, self._family, self._notes = config, family, list(notes)
-        beside = [name for name in reader.list() if _PER_RUN.fullmatch(name)]
-        if beside:
-            self._notes.append(
-                f"Not converted: {', '.join(beside)} (random and dataloader states, which mean something "
-                "to the ranks that saved them only)."
-            )
+        self._beside = find_beside(reader)
+        if note := self._beside.note():
+            self._notes.append(note)
         listed = {fqn for _, names in self._entries.groups for fqn in names}
         stateful = {fqn for fqn, _ in [*self._entries.states, *self._entries.scalars]}
         self._trained = stateful or listed
@@ -128,6 +128,7 @@ class _Catalogue:
                 if fqn not in aliases
             },
             self._family,
+            self._layers,
         )
         names = named.names
         tensors = self._with_states(named.tensors)
@@ -155,8 +156,10 @@ class _Catalogue:
                 self._found.contents.files_of_objects,
                 self._found.contents.paths,
                 self._distcp_files(),
-                self._entries,
+                self._found.sorted,
                 names,
+                self._fused,
+                self._beside,
             ),
             notes=tuple(self._notes),
         )
@@ -230,7 +233,7 @@ class _Catalogue:
             }
             for fqn, tensor in of_state.items():
                 self._check_shape(fqn, tensor)
-            for tensor in canonical(of_state, self._family).tensors:
+            for tensor in canonical(of_state, self._family, self._layers).tensors:
                 states.setdefault(tensor.name, []).append(tensor)
         ordered = [tensor for one in model for tensor in (one, *states.pop(one.name, ()))]
         if states:
@@ -301,7 +304,7 @@ class _Catalogue:
                 try:
                     archive = TorchArchive(self._reader, name)
                 except UnsafePickleError as error:
-                    self._notes.append(f"The scheduler is left out: {error}")
+                    self._notes.append(f"{SCHEDULER_LEFT_OUT} {error}")
                     return None
                 return archive.describe(archive.root)
         return None

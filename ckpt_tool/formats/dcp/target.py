@@ -7,13 +7,16 @@ rank 0's. Any other topology loads the directory as well; torch's loader cuts ch
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.canonical import WEIGHT, Checkpoint, DType, Role, Tensor
 from ckpt_tool.containers.torch_zip import torch_file
 from ckpt_tool.errors import UsageError
 from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.dcp.beside import ACCELERATE, SCHEDULERS, VEOMNI, WITHOUT, carry
 from ckpt_tool.formats.dcp.experts import is_stacked
 from ckpt_tool.formats.dcp.files import (
     Item,
@@ -27,18 +30,20 @@ from ckpt_tool.formats.dcp.like import like_layout
 from ckpt_tool.formats.dcp.names import TITAN, Styled, dialect_of, styled
 from ckpt_tool.formats.dcp.options import merged_groups
 from ckpt_tool.formats.dcp.reader import Hint
-from ckpt_tool.layout import Layout, LazyFiles, Maker, TargetFile, given
+from ckpt_tool.formats.hf.writing import config_in, most_used
+from ckpt_tool.layout import Layout, LazyFiles, Maker, TargetFile, given, text_file
 
 SCHEMES: Mapping[str, Scheme] = {
     "torchtitan": Scheme("torchtitan", (), ("optimizer",), flat=True),
-    "accelerate": Scheme(
-        "accelerate",
+    ACCELERATE: Scheme(
+        ACCELERATE,
         ("model",),
         ("optimizer",),
         model_directory="pytorch_model_fsdp_0",
         optimizer_directory="optimizer_0",
     ),
     "plain": Scheme("plain", ("model",), ("optimizer",)),
+    VEOMNI: Scheme(VEOMNI, ("model",), ("optimizer",)),
     "transformers": Scheme("transformers", (), ("optimizer",), flat=True, shards=True),
 }
 
@@ -48,11 +53,11 @@ def make_layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
     _check_options(checkpoint, options)
     if options.like is not None:
         return like_layout(checkpoint, options)
-    scheme = _scheme(checkpoint, options)
+    world, ep = _topology(checkpoint, options)
+    scheme = _scheme(checkpoint, options, ep)
     found = styled(checkpoint, dialect_of(_dialect_style(checkpoint, scheme)), options.config)
     if options.weights_only:
         _drop_optimizer(found)
-    world, ep = _topology(checkpoint, options)
     builder = _Builder(checkpoint, options, scheme, found, world, ep)
     return builder.layout()
 
@@ -81,12 +86,14 @@ def _has_optimizer(checkpoint: Checkpoint) -> bool:
     return any(tensor.state != WEIGHT for tensor in checkpoint.tensors)
 
 
-def _scheme(checkpoint: Checkpoint, options: TargetOptions) -> Scheme:
+def _scheme(checkpoint: Checkpoint, options: TargetOptions, ep: int) -> Scheme:
     """The style asked for; else the source's own, else plain."""
-    if options.style is not None:
-        return SCHEMES[options.style]
     hint = checkpoint.layout_hint
-    return hint.scheme if isinstance(hint, Hint) else SCHEMES["plain"]
+    own = hint.scheme if isinstance(hint, Hint) else SCHEMES["plain"]
+    scheme = own if options.style is None else SCHEMES[options.style]
+    # Under EP, VeOmni has an optimizer for experts and one for all else, and saves both flattened into one
+    # (0.1.12, optim/optimizer.py, MultiOptimizer). Groups in the other form are passed over in silence.
+    return replace(scheme, flat=ep > 1) if scheme.style == VEOMNI else scheme
 
 
 def _dialect_style(checkpoint: Checkpoint, scheme: Scheme) -> str:
@@ -133,18 +140,21 @@ class _Builder:
         self._files: list[Maker] = []
         self._metadata: list[Maker] = []
         self._notes = list(checkpoint.notes)
-        if checkpoint.training.scheduler is not None and not isinstance(checkpoint.layout_hint, Hint):
-            self._notes.append(
-                "The scheduler's state is left out: it belongs to another engine's scheduler. The groups "
-                "carry the learning rate of the last step; start yours at this step."
-            )
         if ep > 1 and not any(is_stacked(name, tensor.shape) for name, tensor in found.model()):
             raise UsageError(f"--ep {ep}: this checkpoint has no stacks of experts to distribute.")
 
     def layout(self) -> Layout:
+        self._files += map(given, self._beside())
+        self._notes += self._found.notes
+        if self._checkpoint.training.scheduler is not None and not isinstance(
+            self._checkpoint.layout_hint, Hint
+        ):
+            self._notes.append(
+                "The scheduler's state is left out: it belongs to another engine's scheduler. The groups "
+                "carry the learning rate of the last step; start yours at this step."
+            )
         model, others = self._model_items(), self._other_items()
         scheme = self._scheme
-        self._files += map(given, self._beside())
         if scheme.shards:
             self._files += sharded_model(model, map(self._shard, range(self._world)))
             if others:
@@ -183,6 +193,13 @@ class _Builder:
         for name, tensor in tensors.items():
             key, path = (name, (name,)) if scheme.shards else scheme.model_key(name)
             items.append(self._item(key, path, name, tensor, scheme.model_directory, self._dtype(tensor)))
+        for name, zeros in found.zeros.items():
+            place = Placement(rank_file(scheme.model_directory, 0), (0,) * len(zeros.shape), zeros.shape)
+            items.append(Item(*scheme.model_key(name), zeros, (place,)))
+        if found.zeros:
+            self._notes.append(
+                f"Written as zeros, which torchtitan begins with: {', '.join(sorted(found.zeros))}."
+            )
         return items
 
     def _dtype(self, tensor: Tensor) -> DType | None:
@@ -230,7 +247,8 @@ class _Builder:
         titan = self._scheme.style == TITAN
         if not is_stacked(name, shape) or (self._ep == 1 and not titan):
             return dense_grid(shape, self._world)
-        rows = titan and self._world > shape[0]
+        # VeOmni 0.1.12, distributed/torch_parallelize.py, shard_dim_for_para
+        rows = self._world > shape[0] if titan else self._scheme.style == VEOMNI
         grid = expert_grid(shape, self._world, self._ep, rows=rows)
         if grid is None:
             efsdp = self._world // self._ep
@@ -286,12 +304,32 @@ class _Builder:
         return [(key, tuple(key.split(".", 1)), value) for key, value in objects.items()]
 
     def _beside(self) -> list[TargetFile]:
-        """accelerate's scheduler file, where the source's is torch's."""
+        """What the framework wants beside the tensors."""
+        if self._scheme.shards:
+            return self._config()
+        if self._options.weights_only:
+            return []
+        carried = carry(self._checkpoint, self._scheme.style, self._world)
+        self._notes = carried.notes
         scheduler = self._checkpoint.training.scheduler
         torchs = isinstance(scheduler, dict) and "last_epoch" in scheduler
-        if self._scheme.style != "accelerate" or self._options.weights_only or not torchs:
+        if carried.files or self._scheme.style not in WITHOUT:
+            return carried.files
+        if torchs and self._scheme.style == ACCELERATE:
+            return [torch_file(name, scheduler) for name in SCHEDULERS]
+        self._notes.append(WITHOUT[self._scheme.style])
+        return []
+
+    def _config(self) -> list[TargetFile]:
+        """transformers 5.23's ``from_pretrained(directory)`` reads it beside the shards."""
+        config = self._options.config or self._checkpoint.model_config
+        if config is None:
+            self._notes.append("There is no config.json: transformers loads the directory only with one.")
             return []
-        return [torch_file("scheduler.bin", scheduler)]
+        sizes = [(self._dtype(t) or t.dtype, t.nbytes) for _, t in self._found.model() if t.dtype.is_float]
+        written, notes = config_in(config, most_used(sizes))
+        self._notes += notes
+        return [text_file("config.json", json.dumps(written, indent=2) + "\n")]
 
 
 def rank_file(directory: str, rank: int) -> str:

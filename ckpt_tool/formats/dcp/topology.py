@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from ckpt_tool.canonical import ExpertName, MoELayer, Tensor, TensorName, Topology
 from ckpt_tool.formats.dcp.contents import Held, Part, rank_of
-from ckpt_tool.formats.dcp.experts import titan_expert, titan_layer
+from ckpt_tool.formats.dcp.experts import titan_expert
 from ckpt_tool.formats.dcp.grid import expert_grid
 
 
@@ -70,9 +70,7 @@ def layers_of(
         elif len(held[key].tensor.shape) == 3:
             holders = _holders(held[key].parts)
         module = (
-            f"{titan_layer(tensor.name.layer_path)}.moe"
-            if titan_expert(key)
-            else key[: key.index(".experts")]
+            key[: key.index(".moe.") + len(".moe")] if titan_expert(key) else key[: key.index(".experts")]
         )
         found[tensor.name.layer_path] = MoELayer(tensor.name.layer_path, module, count, holders)
     return tuple(found.values())
