@@ -161,7 +161,52 @@ def pieces(tensor: Tensor, start: int, numel: int) -> list[Piece]:
     regions = _overlapping(tensor.regions, start, numel)
     if all(isinstance(region, Region) for region in regions):
         return list(_runs(tensor, sorted(r for r in regions if isinstance(r, Region)), start, numel))
-    return clip(tensor, regions, start, numel)
+    return _merged(tensor, clip(tensor, regions, start, numel))
+
+
+def _merged(tensor: Tensor, found: Iterable[Piece]) -> list[Piece]:
+    """The same with boxes made one that are neighbours both in their file and in the tensor: gate and up
+    that were taken out of one matrix and put together again are read as that matrix."""
+    boxes = [piece for piece in found if isinstance(piece, Box)]
+    result: list[Piece] = [piece for piece in found if isinstance(piece, Region)]
+    last: Box | None = None
+    for box in sorted(boxes, key=lambda box: (box.file, box.offset)):
+        joined = _joined(last, box) if last is not None else None
+        if last is not None and joined is None:
+            result.append(_simplified(last, tensor.shape, tensor.dtype.itemsize))
+        last = joined or box
+    if last is not None:
+        result.append(_simplified(last, tensor.shape, tensor.dtype.itemsize))
+    if all(isinstance(piece, Region) for piece in result):
+        result.sort(key=lambda piece: piece.start if isinstance(piece, Region) else 0)
+    return result
+
+
+def _joined(a: Box, b: Box) -> Box | None:
+    """Two boxes as one, where ``b`` follows ``a``, or lies in its gaps, along one dimension."""
+    if a.file != b.file or a.steps != b.steps or a.strides != b.strides:
+        return None
+    apart = [dim for dim, (one, other) in enumerate(zip(a.origin, b.origin, strict=True)) if one != other]
+    if len(apart) != 1:
+        return None
+    (dim,) = apart
+    if (a.counts[:dim], a.counts[dim + 1 :]) != (b.counts[:dim], b.counts[dim + 1 :]):
+        return None
+    distance, skip = b.origin[dim] - a.origin[dim], b.offset - a.offset
+    count, step, stride = a.counts[dim], a.steps[dim], a.strides[dim]
+
+    def with_dim(counts: int, steps: int, strides: int) -> Box:
+        return a._replace(
+            counts=(*a.counts[:dim], counts, *a.counts[dim + 1 :]),
+            steps=(*a.steps[:dim], steps, *a.steps[dim + 1 :]),
+            strides=(*a.strides[:dim], strides, *a.strides[dim + 1 :]),
+        )
+
+    if (distance, skip) == (count * step, count * stride):
+        return with_dim(count + b.counts[dim], step, stride)
+    if count == b.counts[dim] and (2 * distance, 2 * skip) == (step, stride):
+        return with_dim(2 * count, distance, skip)
+    return None
 
 
 def block_numel(tensor: Tensor, found: Iterable[Piece]) -> int:

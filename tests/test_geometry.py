@@ -66,7 +66,7 @@ class Maker:
         return assemble(tensor, tuple(shape), placed), result
 
 
-@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("seed", range(300))
 def test_views_read_what_numpy_reads(seed: int, tmp_path: Path) -> None:
     make = Maker(tmp_path, seed)
     tensor, array = make.base(tuple(make.rng.randint(1, 6) for _ in range(make.rng.randint(1, 4))))
@@ -83,6 +83,46 @@ def test_views_read_what_numpy_reads(seed: int, tmp_path: Path) -> None:
         assert bytes(buffer) == flat[position : position + numel].tobytes()
         position += numel
     reader.close()
+
+
+def _halves(tensor: Tensor, dim: int, *, interleaved: bool) -> list[tuple[Tensor, Axis]]:
+    """Gate and up of a fused matrix along a dimension, each with its place there."""
+    size = tensor.shape[dim] // 2
+    found = []
+    for number in range(2):
+        axis = Axis(dim, number, size, 2) if interleaved else Axis(dim, number * size, size)
+        axes = [axis if d == dim else Axis(d, 0, n) for d, n in enumerate(tensor.shape)]
+        found.append((take(tensor, axes), axis))
+    return found
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("back", [False, True])
+def test_what_is_taken_apart_and_put_together_is_read_as_one(interleaved: bool, back: bool) -> None:
+    """[E, H, 2 I] as gate and up, joined again as it was (a run) or transposed (one box)."""
+    stored = Tensor("x", "weight", (3, 5, 8), DType.float32, (Region(0, 120, "file", 64),))
+    placed = []
+    for part, axis in _halves(stored, 2, interleaved=interleaved):
+        if back:
+            axes = (Axis(0, 0, 3), Axis(1, 0, 5), axis)
+        else:
+            axes = (Axis(0, 0, 3), Axis(2, 0, 5), axis._replace(dim=1))
+        placed.append(Placed(part, axes))
+    shape = (3, 5, 8) if back else (3, 8, 5)
+    (piece,) = pieces(assemble(stored, shape, placed), 0, 120)
+    assert piece == (
+        Region(0, 120, "file", 64)
+        if back
+        else Box((0, 0, 0), (3, 8, 5), (1, 1, 1), "file", 64, (160, 4, 32))
+    )
+
+
+def test_halves_in_the_other_order_are_not_one() -> None:
+    stored = Tensor("x", "weight", (3, 5, 8), DType.float32, (Region(0, 120, "file", 64),))
+    (gate, first), (up, second) = _halves(stored, 2, interleaved=False)
+    rest = (Axis(0, 0, 3), Axis(1, 0, 5))
+    swapped = [Placed(gate, (*rest, second)), Placed(up, (*rest, first))]
+    assert len(pieces(assemble(stored, (3, 5, 8), swapped), 0, 120)) == 2
 
 
 @pytest.mark.parametrize("seed", range(40))
