@@ -58,9 +58,8 @@ class Family:
     ``extra_experts`` and ``expert_hidden_size`` (the model's, unless it says otherwise) to the fields
     that state them, the hub's name first. ``autoep_alias`` says that AutoEP keeps the router reachable
     as ``gate``, too. ``apart`` are the beginnings of names of other models in the same files, whose
-    experts stay as they are. ``rows`` says whose product of config fields the rows of a dense tensor
-    are. ``autoep_wrong`` is the
-    reason why AutoEP's checkpoints of this family cannot be used.
+    experts stay as they are. ``rows`` says of which config fields' product the rows of a dense tensor
+    are. ``autoep_wrong`` is the reason why AutoEP's checkpoints of this family cannot be used.
 
     What renames cannot say of torchtitan: ``torchtitan_buffers`` are patterns of its own names, of buffers
     its MoE layers always have; they begin as zeros where the source has none, and are left out where no
