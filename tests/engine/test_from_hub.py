@@ -72,6 +72,24 @@ def test_without_transformers_the_order_is_asked_for(
         ckpt_tool.convert(tmp_path / "model", tmp_path / "start", to="zero3", world=2, ep=2)
 
 
+def test_groups_of_another_engines_run_are_kept(tmp_path: Path) -> None:
+    """Two groups of FSDP2, decayed and not; what DeepSpeed adds are the experts' own."""
+    source = FIXTURES.parent / "dcp" / "mixtral_accelerate_w2"
+    ds_config = tmp_path / "ds_config.json"
+    ds_config.write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": 5.0}}}))
+    ckpt_tool.convert(
+        source / "checkpoint", tmp_path / "start", to="zero3", world=2, ep=1, config=source,
+        ds_config=ds_config, verify=True,
+    )  # fmt: skip
+    assert ckpt_tool.verify(source / "checkpoint", tmp_path / "start", config=source).passed
+    groups = ckpt_tool.open(tmp_path / "start").training.param_groups
+    assert [(g.options["weight_decay"], g.options["lr"], bool(g.options.get("moe"))) for g in groups] == [
+        (0.1, 0.01, False),
+        (0.0, 0.01, False),
+        (0.1, 0.01, True),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "to"),
     [("mixtral_w4e2", "zero3"), ("deepseek_v3_w2e2", "zero3"), ("qwen2_moe_w2e2", "universal")],

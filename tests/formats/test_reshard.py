@@ -583,7 +583,24 @@ def test_like_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
         tmp_path / "out",
         like=checkpoint_of("deepseek_v2_w2e2"),
     )
-    assert "model.layers.0" in message
+    assert "is of another model: model.embed_tokens.weight" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "like"),
+    [("mixtral_w4e2", "mixtral_odd_w4e2"), ("mixtral_odd_w4e2", "mixtral_w4e2")],
+)
+@pytest.mark.parametrize("to", ["zero3", "zero2"])
+def test_like_of_another_size_is_refused_with_both_shapes(
+    source: str, like: str, to: str, tmp_path: Path
+) -> None:
+    template = checkpoint_of(like)
+    if to == "zero2":
+        api.convert(template, tmp_path / "template", to="zero2")
+        template = tmp_path / "template"
+    with pytest.raises(MismatchError, match=r"another model: .* has shape \[.*\] there and \[.*\] in"):
+        api.convert(checkpoint_of(source), tmp_path / "out", to=to, like=template)
+    assert not (tmp_path / "out").exists()
 
 
 def test_like_that_has_no_ranks_contradicts_none(tmp_path: Path) -> None:

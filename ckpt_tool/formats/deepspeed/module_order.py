@@ -13,29 +13,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ckpt_tool.canonical import Checkpoint, ExpertName, ParamGroup, Role, TensorName
+from ckpt_tool.canonical import Checkpoint, ExpertName, Role, TensorName
 from ckpt_tool.errors import MismatchError
 from ckpt_tool.families import family_of
 from ckpt_tool.formats.deepspeed.module_tree import state_dict_names
+from ckpt_tool.formats.deepspeed.new_groups import new_groups
 
-# torch.optim.AdamW's options as DeepSpeed saves them, for a run whose config names no others.
-_ADAMW: Mapping[str, Any] = {
-    "lr": 1e-3,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "weight_decay": 0.01,
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-    "decoupled_weight_decay": True,
-}
 _NOTE = (
-    "The order of parameters is that of transformers' model for this config, in one parameter group with "
-    "the routers last, as initialize(model_parameters=[...]) makes it. For a run that groups otherwise, "
-    "pass --like."
+    "The order of parameters is that of transformers' model for this config, the routers last in their "
+    "group, as initialize(model_parameters=[...]) makes it. Groups and their options are the source's, "
+    "where it has some; else there is one, with the options of --ds-config or AdamW's own. For a run that "
+    "groups otherwise, pass --like."
 )
 
 
@@ -73,23 +61,17 @@ def with_module_order(
         )
     routers = [name for name in dense if ".router." in str(name)]
     dense = [name for name in dense if name not in routers] + routers
-    optimizer = dict(ds_config.get("optimizer") or {}).get("params") or {}
-    options = {key: optimizer.get(key, value) for key, value in _ADAMW.items()}
-    named = {"name": "dense-params"} if checkpoint.moe_layers else {}
-    groups = [ParamGroup({**named, **options}, tuple(dense))]
     experts = tuple(
         name
         for layer in checkpoint.moe_layers
         for projection in ("gate", "down", "up")
         if (name := ExpertName(layer.layer_path, projection)) in values
     )
-    if experts:
-        moe = {"name": f"ep_size_{ep}", "moe": True, **options}
-        groups.append(ParamGroup(moe, experts))
+    groups = new_groups(checkpoint.training.param_groups, dense, experts, ds_config, ep)
     return replace(
         checkpoint,
         module_names=tuple(names),
-        training=replace(checkpoint.training, param_groups=tuple(groups)),
+        training=replace(checkpoint.training, param_groups=groups),
         notes=(*checkpoint.notes, _NOTE),
     )
 

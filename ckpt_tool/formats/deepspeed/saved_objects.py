@@ -41,6 +41,29 @@ def saved_objects(checkpoint: Checkpoint, options: TargetOptions) -> SavedObject
     return _made(checkpoint, options)
 
 
+def as_template_says(checkpoint: Checkpoint, options: TargetOptions) -> Checkpoint:
+    """The source with the second names that the template's parameters have, such as a router's ``gate``.
+
+    Raises:
+        MismatchError: the template is of another model.
+    """
+    template = options.like
+    if template is None:
+        return checkpoint
+    shapes = {tensor.name: tensor.shape for tensor in template.values()}
+    own = {tensor.name for tensor in checkpoint.values()}
+    for tensor in checkpoint.values():
+        expected = shapes.get(tensor.name, tensor.shape)
+        if tensor.shape != expected:
+            raise MismatchError(
+                f"--like {template.root} is of another model: {tensor.name} has shape {list(expected)} "
+                f"there and {list(tensor.shape)} in {checkpoint.root}. Pass a template saved by the same "
+                "model."
+            )
+    aliases = {alias: name for alias, name in template.aliases.items() if name in own and alias not in own}
+    return replace(checkpoint, aliases={**aliases, **checkpoint.aliases})
+
+
 def compute_dtype(config: Mapping[str, Any]) -> DType:
     """The precision that an engine with this config computes in."""
     if _enabled(config, "bf16") or _enabled(config, "bfloat16"):

@@ -23,7 +23,12 @@ from ckpt_tool.formats.deepspeed.autoep import layer_entries
 from ckpt_tool.formats.deepspeed.engine_plan import EnginePlan, notes, refuse_unsuitable
 from ckpt_tool.formats.deepspeed.flat_groups import FlatGroup
 from ckpt_tool.formats.deepspeed.groups import SubGroup
-from ckpt_tool.formats.deepspeed.saved_objects import compute_dtype, saved_objects, shape_type
+from ckpt_tool.formats.deepspeed.saved_objects import (
+    as_template_says,
+    compute_dtype,
+    saved_objects,
+    shape_type,
+)
 from ckpt_tool.formats.deepspeed.scalars import saved_scalar
 from ckpt_tool.formats.deepspeed.topology import target_ranks
 from ckpt_tool.layout import Layout, LazyFiles, Slot, TargetFile, text_file
@@ -41,6 +46,7 @@ class Zero12Target:
     def layout(self, checkpoint: Checkpoint, options: TargetOptions) -> Layout:
         """The model file, one file per expert, one optimizer file per rank, and ``latest``."""
         refuse_unsuitable(checkpoint, options)
+        checkpoint = as_template_says(checkpoint, options)
         saved = saved_objects(checkpoint, options)
         plan = _Plan(checkpoint, saved, target_ranks(checkpoint, options), options)
         plan.check_supported()

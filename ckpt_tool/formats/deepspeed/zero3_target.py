@@ -24,7 +24,7 @@ from ckpt_tool.formats.deepspeed.autoep import layer_entries
 from ckpt_tool.formats.deepspeed.engine_plan import EnginePlan, notes, refuse_unsuitable
 from ckpt_tool.formats.deepspeed.groups import SubGroup
 from ckpt_tool.formats.deepspeed.partition import partition_size
-from ckpt_tool.formats.deepspeed.saved_objects import saved_objects, shape_type
+from ckpt_tool.formats.deepspeed.saved_objects import as_template_says, saved_objects, shape_type
 from ckpt_tool.formats.deepspeed.scalars import saved_scalar
 from ckpt_tool.formats.deepspeed.topology import target_ranks
 from ckpt_tool.layout import Layout, LazyFiles, Slot, TargetFile, text_file
@@ -38,6 +38,7 @@ class Zero3Target:
     def layout(self, checkpoint: Checkpoint, options: TargetOptions) -> Layout:
         """All ranks' files below the source's tag, and ``latest``."""
         refuse_unsuitable(checkpoint, options)
+        checkpoint = as_template_says(checkpoint, options)
         saved = saved_objects(checkpoint, options)
         plan = _Plan(checkpoint, saved, target_ranks(checkpoint, options), options)
         tag = PurePath(checkpoint.root).name
