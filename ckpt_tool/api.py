@@ -30,7 +30,7 @@ from ckpt_tool.formats.deepspeed.module_order import with_module_order
 from ckpt_tool.formats.hf.quantised import refuse_unreadable
 from ckpt_tool.formats.registry import TARGETS, open_checkpoint
 from ckpt_tool.integrity import check
-from ckpt_tool.model_files import find_config, read_config, read_json
+from ckpt_tool.model_files import find_config, left_behind, read_config, read_json
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader
 
@@ -139,6 +139,8 @@ def convert(
     try:
         seen = {file.path: reader.signature(file.path) for file in checkpoint.files}
         model_config, extra = find_config(Path(source), config)
+        published = to == "hf" and checkpoint.format == TARGETS["hf"].name
+        files_left = left_behind(Path(source), extra) if published else ()
         template = open(like) if like is not None else None
         refuse_unreadable(checkpoint.tensors)
         if to in _DEEPSPEED:
@@ -186,7 +188,7 @@ def convert(
         peak_memory_bytes=budget.nbytes(plan.largest_block),
         left_out=layout.left_out,
         casts=tuple((cast.label, cast.source, cast.target) for cast in plan.casts),
-        notes=layout.notes,
+        notes=(*layout.notes, *files_left),
         verdict=verdict,
     )
 

@@ -10,7 +10,9 @@ where the other side is not contiguous.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from ckpt_tool.canonical import Box, Region, Tensor
@@ -37,14 +39,21 @@ class CutRegions:
     """
 
     def __init__(self, cuts: Sequence[Cut]) -> None:
-        self._cuts = cuts
+        self._cuts = sorted(cuts, key=lambda cut: cut.start)
+        # Where cuts overlap, which is an error to be found, all of them are gone through.
+        self._disjoint = all(one.start + one.numel <= other.start for one, other in pairwise(self._cuts))
 
     def __iter__(self) -> Iterator[Piece]:
         for cut in self._cuts:
             yield from self._pieces(cut, 0, cut.numel)
 
     def overlapping(self, start: int, numel: int) -> Iterator[Piece]:
-        for cut in self._cuts:
+        first = 0
+        if self._disjoint:
+            first = max(0, bisect_right(self._cuts, start, key=lambda cut: cut.start) - 1)
+        for cut in islice(self._cuts, first, None):
+            if cut.start >= start + numel:
+                return
             low, high = max(cut.start, start), min(cut.start + cut.numel, start + numel)
             if low < high:
                 yield from self._pieces(cut, low - cut.start, high - low)

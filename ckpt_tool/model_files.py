@@ -9,15 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ckpt_tool.commit import MANIFEST
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.formats.registry import locate
 
 # Beside its weights, what a published model directory consists of.
 _CARRIED_OVER = re.compile(
     r"(README|LICEN[CS]E|NOTICE|USE_POLICY|tokenizer|vocab|audio|image_processor|chat_template)"
-    r"|(configuration|modeling|tokenization)_\w+\.py$|.*\.(tiktoken|model|spm|jinja)$|merges\.txt$"
-    r"|(generation_config|special_tokens_map|added_tokens|(pre|video_pre)?processor_config|params)\.json$"
+    r"|(?!zero_to_fp32)\w+\.py$|.*\.(tiktoken|model|spm|jinja)$|merges\.txt$"
+    r"|(generation_config|special_tokens_map|added_tokens|normalizer|(pre|video_pre)?processor_config|params)"
+    r"\.json$"
 )
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+_LARGEST = 64 << 20  # bytes; they are held in memory, and no tokenizer is larger
 
 
 def find_config(
@@ -60,9 +64,26 @@ def read_json(file: Path) -> Mapping[str, Any]:
     return value
 
 
+def left_behind(source: Path, carried: Mapping[str, bytes]) -> tuple[str, ...]:
+    """A note that names the files of a published model which are not carried over; none where all are."""
+    root = locate(source)
+    names = [
+        entry.name
+        for entry in sorted(root.iterdir())
+        if entry.is_file()
+        and not entry.name.startswith(".")
+        and not entry.name.endswith(_WEIGHTS)
+        and entry.name not in ("config.json", MANIFEST, *carried)
+    ]
+    return (f"Not carried over: {', '.join(names)}.",) if names else ()
+
+
 def _beside(directory: Path) -> dict[str, bytes]:
     return {
         entry.name: entry.read_bytes()
         for entry in sorted(directory.iterdir())
-        if entry.is_file() and _CARRIED_OVER.match(entry.name)
+        if entry.is_file()
+        and _CARRIED_OVER.match(entry.name)
+        and not entry.name.endswith(_WEIGHTS)
+        and entry.stat().st_size <= _LARGEST
     }

@@ -162,12 +162,12 @@ class Extent(NamedTuple):
 
 
 def extents(file: TargetFile, max_bytes: int, blocks: Sequence[int]) -> Iterator[Extent]:
-    """Cut a file's fills into units of at most ``max_bytes`` of the target.
+    """Cut a file's fills into units of at most ``max_bytes`` of the target, or of one block.
 
     Args:
         blocks: for each fill, the elements that are best loaded together (``geometry.block_numel``).
     """
     for index, (fill, block) in enumerate(zip(file.fills, blocks, strict=True)):
-        most = max(1, max_bytes // fill.dtype.itemsize)
+        most = max(block, max_bytes // fill.dtype.itemsize)
         for start, numel in cut(fill.start, fill.numel, most, block):
             yield Extent(index, start - fill.start, numel)

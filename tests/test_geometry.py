@@ -12,7 +12,17 @@ import pytest
 from ckpt_tool.canonical import Box, DType, Region, Tensor
 from ckpt_tool.errors import CoverageError
 from ckpt_tool.execute.gather import gather
-from ckpt_tool.geometry import Axis, Placed, assemble, boxes_of_run, check_disjoint, pieces, take
+from ckpt_tool.geometry import (
+    Axis,
+    Cut,
+    CutRegions,
+    Placed,
+    assemble,
+    boxes_of_run,
+    check_disjoint,
+    pieces,
+    take,
+)
 from ckpt_tool.storage import LocalReader
 
 Array = np.ndarray
@@ -146,6 +156,22 @@ def _boxes(*boxes: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
         for n, (origin, counts) in enumerate(boxes)
     )
     return Tensor("x", "weight", (4, 4), DType.int32, regions)
+
+
+@pytest.mark.parametrize(("second", "fits"), [(8, True), (0, False), (4, False)])
+def test_cuts_are_found_by_place_and_overlaps_where_they_are(second: int, fits: bool) -> None:
+    """One of two parts that claim the same elements begins where the other does, or within it."""
+    parts = [
+        Tensor("x", "weight", (8,), DType.int32, (Region(0, 8, f"file{number}", 0),)) for number in range(2)
+    ]
+    cuts = [Cut(second, 8, parts[1], 0), Cut(0, 8, parts[0], 0)]
+    whole = Tensor("x", "weight", (16 if fits else second + 8,), DType.int32, CutRegions(cuts))
+    if fits:
+        assert pieces(whole, 6, 4) == [Region(6, 2, "file0", 24), Region(8, 2, "file1", 0)]
+        assert pieces(whole, 8, 8) == [Region(8, 8, "file1", 0)]
+        return
+    with pytest.raises(CoverageError, match="two places"):
+        pieces(whole, second, 4)
 
 
 def test_overlapping_boxes_are_refused_by_file() -> None:

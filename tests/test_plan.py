@@ -162,7 +162,7 @@ def test_extents_keep_blocks_together_where_they_fit() -> None:
     for limit, expected in (
         (14 * 4, [(4, 6), (10, 10), (20, 6)]),  # two blocks of 5 at once
         (5 * 4, [(4, 1), (5, 5), (10, 5), (15, 5), (20, 5), (25, 1)]),
-        (4 * 4, [(4, 4), (8, 4), (12, 4), (16, 4), (20, 4), (24, 2)]),  # none fits
+        (4 * 4, [(4, 1), (5, 5), (10, 5), (15, 5), (20, 5), (25, 1)]),  # a block is never cut
     ):
         found = [(4 + start, numel) for _, start, numel in extents(target, limit, [5])]
         assert found == expected

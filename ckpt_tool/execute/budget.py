@@ -12,7 +12,7 @@ KIB, MIB = 1 << 10, 1 << 20
 _SMALLEST_TILE = 64 * KIB
 _LARGEST_TILE = 1 * MIB
 # The most that a matrix to be transposed, which is best read whole, may take.
-_LARGEST_BLOCK = 64 * MIB
+_LARGEST_BLOCK = 256 * MIB
 # Two buffers per worker: what was read, and what a cast makes of it (or, for verify, the other side).
 _BUFFERS = 2
 

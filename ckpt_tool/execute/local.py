@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from ckpt_tool.execute.gather import gather
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.execute.threads import in_parallel
 from ckpt_tool.geometry import Piece, block_numel, cut
-from ckpt_tool.layout import CrcSlot, Fill, TargetFile
+from ckpt_tool.layout import CrcSlot, Fill, Literal, TargetFile
 from ckpt_tool.plan import Extent, Plan, copies, extents
 from ckpt_tool.storage import Reader, Writer
 
@@ -152,17 +152,26 @@ class _Run:
             crcs[fill] = isal_zlib.crc32_combine(crcs[fill], crc, length)
         slots = sorted((slot.offset, _record_crc(slot, crcs, target)) for slot in target.crc_slots)
         for literal in target.literals:
-            data = bytearray(literal.data)
             first = bisect_left(slots, (literal.offset,))
-            for offset, crc in slots[first : bisect_left(slots, (literal.offset + len(data),))]:
-                at = offset - literal.offset
-                data[at : at + 4] = crc.to_bytes(4, "little")
-            self._sink.write(target.path, literal.offset, bytes(data))
+            within = slots[first : bisect_left(slots, (literal.offset + len(literal.data),))]
+            data = _filled_in(literal, within)
+            self._sink.write(target.path, literal.offset, data)
             self._meter.add(len(data))
             file.written.append(WrittenExtent(literal.offset, len(data), xxhash.xxh3_64_hexdigest(data)))
         self._sink.finish(target.path)
         with self._lock:
             self._on_file(WrittenFile(target.path, target.size, tuple(sorted(file.written))))
+
+
+def _filled_in(literal: Literal, crcs: Sequence[tuple[int, int]]) -> bytes:
+    """The literal's bytes with each CRC at its offset in the file."""
+    if not crcs:
+        return literal.data
+    data = bytearray(literal.data)
+    for offset, crc in crcs:
+        at = offset - literal.offset
+        data[at : at + 4] = crc.to_bytes(4, "little")
+    return bytes(data)
 
 
 def _record_crc(slot: CrcSlot, crcs: list[int], target: TargetFile) -> int:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
+from ckpt_tool import api
 from ckpt_tool.canonical import Checkpoint, DType, MoELayer
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.families import family_of
@@ -60,6 +62,45 @@ def test_index_that_names_a_missing_file_is_refused(tmp_path: Path) -> None:
     (path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UnreadableError, match="is missing"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("gone", [1, 2])
+def test_a_missing_file_of_a_series_without_an_index_is_refused_by_name(tmp_path: Path, gone: int) -> None:
+    path = sharded(tmp_path)
+    (path / INDEX).unlink()
+    (path / f"model-0000{gone}-of-00002.safetensors").unlink()
+    with pytest.raises(UnreadableError, match=f"model-0000{gone}-of-00002.safetensors is missing"):
+        read(path)
+
+
+def test_an_index_that_leaves_out_a_file_of_its_series_is_refused(tmp_path: Path) -> None:
+    path = sharded(tmp_path)
+    index = json.loads((path / INDEX).read_text())
+    kept = {name: file for name, file in index["weight_map"].items() if "00001-of" in file}
+    (path / INDEX).write_text(json.dumps({**index, "weight_map": kept}))
+    with pytest.raises(UnreadableError, match=r"model-00002-of-00002\.safetensors belongs to the files"):
+        read(path)
+
+
+def test_an_adapter_beside_the_model_is_not_taken_for_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "model", LLAMA, SHARDS[0] | SHARDS[1])
+    save_file({"lora_A.weight": noise(4, 8)}, path / "adapter_model.safetensors")
+    with pytest.raises(UnreadableError, match="holds an adapter"):
+        read(path)
+
+
+def test_what_is_not_carried_over_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "model", LLAMA, SHARDS[0] | SHARDS[1])
+    (path / "modeling_mine.py").write_text("class Mine: ...")
+    (path / "media_utils.py").write_text("def helper(): ...")
+    (path / "normalizer.json").write_text("{}")
+    (path / "recipe.yaml").write_text("x: 1")
+    (path / "audio_tokenizer.bin").write_bytes(bytes(100))
+    result = api.consolidate(path, tmp_path / "out")
+    names = {entry.name for entry in (tmp_path / "out").iterdir()}
+    assert {"modeling_mine.py", "media_utils.py", "normalizer.json"} <= names
+    assert not {"recipe.yaml", "audio_tokenizer.bin"} & names
+    assert "Not carried over: recipe.yaml." in result.notes
 
 
 def test_index_that_disagrees_with_a_file_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,8 @@ from ckpt_tool.storage import Reader
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+_SERIES = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors", re.ASCII)
 
 
 def looks_like(reader: Reader) -> bool:
@@ -84,7 +87,14 @@ def _files(reader: Reader) -> dict[str, set[str] | None]:
     """The safetensors files of the model, with the tensors the index expects in each."""
     names = reader.list()
     if INDEX not in names:
-        return {name: None for name in names if name.endswith(".safetensors")}
+        found = [name for name in names if name.endswith(".safetensors")]
+        _check_series(reader, found, found)
+        if ADAPTER in found and len(found) > 1:
+            raise UnreadableError(
+                f"{reader.root}/{ADAPTER} holds an adapter, not the model's own weights. Merge it into the "
+                "model, or move it away."
+            )
+        return dict.fromkeys(found)
     where = f"{reader.root}/{INDEX}"
     files: dict[str, set[str] | None] = {}
     for name, path in _weight_map(reader, where).items():
@@ -96,7 +106,28 @@ def _files(reader: Reader) -> dict[str, set[str] | None]:
     for path in files:
         if path not in names:
             raise UnreadableError(f"{reader.root}/{path} is missing; {INDEX} names it.")
+    _check_series(reader, list(files), names)
     return files
+
+
+def _check_series(reader: Reader, used: list[str], present: list[str]) -> None:
+    """Files of one model are numbered: of each series that is used, all are there and all are used."""
+    series = {(match[1], match[3]) for name in used if (match := _SERIES.fullmatch(name))}
+    for name in present:
+        match = _SERIES.fullmatch(name)
+        if match and (match[1], match[3]) in series and name not in used:
+            raise UnreadableError(
+                f"{reader.root}/{name} belongs to the files that {INDEX} names, which does not name it. "
+                "Copy the index again from its origin, or remove the file if it is another model's."
+            )
+    for prefix, count in sorted(series):
+        for number in range(1, int(count) + 1):
+            expected = f"{prefix}{number:0{len(count)}d}-of-{count}.safetensors"
+            if expected not in used:
+                raise UnreadableError(
+                    f"{reader.root}/{expected} is missing: by their names there are {int(count)} files. "
+                    "Copy it from where the model was saved or downloaded."
+                )
 
 
 def _weight_map(reader: Reader, where: str) -> dict[str, str]:
