@@ -21,15 +21,17 @@ from ckpt_tool.comparison import Verdict, check_replicas, compare
 from ckpt_tool.conversion import Execution as Execution
 from ckpt_tool.conversion import carry_out, refuse_own_source, refuse_strangers
 from ckpt_tool.duplicates import Copies, find_copies
-from ckpt_tool.errors import UsageError
+from ckpt_tool.errors import UnreadableError, UsageError
+from ckpt_tool.execute.budget import Budget
 from ckpt_tool.families import family_of
-from ckpt_tool.families.autoep import to_autoep
-from ckpt_tool.families.naming import to_hub
+from ckpt_tool.families.agreement import check_config
+from ckpt_tool.families.autoep import refuse_composite, to_autoep
+from ckpt_tool.families.naming import HUB, to_hub
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.deepspeed.module_order import with_module_order
 from ckpt_tool.formats.hf.quantised import refuse_unreadable
-from ckpt_tool.formats.registry import TARGETS, open_checkpoint
-from ckpt_tool.integrity import check
+from ckpt_tool.formats.registry import TARGETS, locate, open_checkpoint
+from ckpt_tool.integrity import check, check_files
 from ckpt_tool.model_files import find_config, left_behind, read_config, read_json
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader
@@ -143,6 +145,8 @@ def convert(
         files_left = left_behind(Path(source), extra) if published else ()
         template = open(like) if like is not None else None
         refuse_unreadable(checkpoint.tensors)
+        if to == "dcp" and checkpoint.dialect == HUB and model_config is not None:
+            check_config(checkpoint, family_of(model_config), model_config)
         if to in _DEEPSPEED:
             checkpoint = _under_module_names(checkpoint, model_config, template)
             if to != "universal" and template is None and not checkpoint.module_names:
@@ -292,15 +296,10 @@ def verify(
     """One checkpoint: coverage, manifest and archive checksums. Two: equal bit for bit, canonically."""
     how = how or Execution()
     budget = how.budget()
+    if b is None:
+        return _verify_one(Path(a), budget, how)
     reader, checkpoint = open_checkpoint(Path(a))
     try:
-        if b is None:
-            root = LocalReader(manifest_root(Path(reader.root)))
-            try:
-                manifest = read_manifest(Path(root.root))
-                return check(checkpoint, reader, manifest, root, budget, meter=how.meter)
-            finally:
-                root.close()
         other_reader, other = open_checkpoint(Path(b))
         try:
             found = read_config(Path(config)) if config is not None else None
@@ -309,6 +308,27 @@ def verify(
             other_reader.close()
     finally:
         reader.close()
+
+
+def _verify_one(path: Path, budget: Budget, how: Execution) -> Verdict:
+    """Against its manifest and its own checksums; where it cannot be read any more, the manifest tells
+    which files are damaged."""
+    root = LocalReader(manifest_root(locate(path)))
+    try:
+        manifest = read_manifest(Path(root.root))
+        try:
+            reader, checkpoint = open_checkpoint(path)
+        except UnreadableError:
+            verdict = check_files(manifest, root, budget, meter=how.meter) if manifest else None
+            if verdict is None or verdict.passed:
+                raise
+            return verdict
+        try:
+            return check(checkpoint, reader, manifest, root, budget, meter=how.meter)
+        finally:
+            reader.close()
+    finally:
+        root.close()
 
 
 def parse_dtype(name: str | None) -> DType | None:
@@ -340,4 +360,8 @@ def _under_module_names(
             f"{checkpoint.root} is {checkpoint.format}, whose tensors have other names than a DeepSpeed "
             "run's. Pass --config with the model's config.json, which tells the family."
         )
-    return to_autoep(checkpoint, family_of(config))
+    family = family_of(config)
+    published = to_hub(checkpoint, family)
+    check_config(published, family, config)
+    refuse_composite(published, config)
+    return to_autoep(published, family)

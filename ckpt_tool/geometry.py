@@ -13,7 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 from ckpt_tool.canonical import Box, Region, Tensor
 from ckpt_tool.errors import CoverageError
@@ -245,19 +245,11 @@ def cut(start: int, numel: int, most: int, block: int = 1) -> Iterator[tuple[int
         position = after
 
 
-@runtime_checkable
-class _Searchable(Protocol):
-    """Regions that find those of a range without going through all."""
-
-    def overlapping(self, start: int, numel: int) -> Iterable[Piece]:
-        """At least the regions that hold elements ``start .. start + numel``."""
-        ...
-
-
 def _overlapping(regions: Iterable[Piece], start: int, numel: int) -> list[Piece]:
-    if isinstance(regions, _Searchable):
-        return list(regions.overlapping(start, numel))
-    return list(regions)
+    """At least the regions that hold elements ``start .. start + numel``: those that know their places
+    find them without going through all."""
+    search = getattr(regions, "overlapping", None)
+    return list(regions if search is None else search(start, numel))
 
 
 def clip(tensor: Tensor, regions: Iterable[Piece], start: int, numel: int) -> list[Piece]:

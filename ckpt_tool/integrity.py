@@ -22,6 +22,8 @@ from ckpt_tool.execute.threads import in_parallel
 from ckpt_tool.geometry import check_disjoint, pieces
 from ckpt_tool.storage import Reader
 
+_NO_SUMS = ".safetensors"
+
 
 def check(
     checkpoint: Checkpoint,
@@ -40,8 +42,25 @@ def check(
         work, differences = [*stretches, *work], [*differences, *found]
     elif work:
         notes.append(f"No {MANIFEST}: contents were checked against the archives' own CRC-32.")
-    else:
-        notes.append(f"No {MANIFEST}, and the format has no checksums: only structure was checked.")
+    if manifest is None and (without := [s.path for s in checkpoint.files if s.path.endswith(_NO_SUMS)]):
+        notes.append(
+            f"No {MANIFEST}, and safetensors files have no checksums: of {len(without)} files only the "
+            "structure was checked."
+        )
+    _compare(work, differences, budget, meter)
+    total = sum(stretch.length for stretch in work)
+    return Verdict(len(checkpoint.tensors), total, tuple(sorted(differences)), tuple(notes))
+
+
+def check_files(manifest: Manifest, reader: Reader, budget: Budget, *, meter: Meter) -> Verdict:
+    """Check the manifest's checksums alone, for a directory that is too damaged to be read."""
+    work, differences = _manifest(manifest, reader)
+    _compare(work, differences, budget, meter)
+    return Verdict(0, sum(stretch.length for stretch in work), tuple(sorted(differences)), ())
+
+
+def _compare(work: list[_Stretch], differences: list[Difference], budget: Budget, meter: Meter) -> None:
+    """Add what differs from its checksum to ``differences``."""
     meter.start(sum(stretch.length for stretch in work))
     lock = threading.Lock()
 
@@ -55,8 +74,6 @@ def check(
                 differences.append(Difference("checksum", stretch.path, message))
 
     in_parallel(iter(work), lambda: memoryview(bytearray(budget.tile)), one, budget.workers)
-    total = sum(stretch.length for stretch in work)
-    return Verdict(len(checkpoint.tensors), total, tuple(sorted(differences)), tuple(notes))
 
 
 def _coverage(checkpoint: Checkpoint) -> Iterator[Difference]:

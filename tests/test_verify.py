@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ckpt_tool import api
 from ckpt_tool.canonical import DType, Tensor
-from ckpt_tool.errors import UsageError
+from ckpt_tool.errors import CkptToolError, UsageError
 from tests import synthetic
 from tests.conftest import ZERO3, canonical_key, checkpoint_of, config_of, copy_fixture, raw
 from tests.formats.dcp_tools import CHECKPOINTS
@@ -420,6 +420,27 @@ def test_a_flipped_byte_in_any_chunk_of_a_dcp_checkpoint_breaks_its_crc(name: st
         found = [each for each in api.verify(source).differences if each.kind == "checksum"]
         assert [each.name for each in found] == [file]
         (source / file).write_bytes(before)
+
+
+@pytest.mark.parametrize("to", ["universal", "zero3", "dcp"])
+def test_a_result_too_damaged_to_be_read_is_judged_by_its_manifest(to: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"config": config_of("mixtral_w4e2")} if to == "dcp" else {}
+    target = tmp_path / "target"
+    api.convert(checkpoint_of("mixtral_w4e2"), target, to=to, **options)
+    damaged = sorted(path for path in target.rglob("*") if path.suffix in (".pt", ".distcp"))[:2]
+    for path in damaged:
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b"torch", b"tornh", 1).replace(b"PK\x01\x02", b"PK\x01\x03"))
+    with pytest.raises(CkptToolError):
+        api.open(target)
+    found = api.verify(target).differences
+    assert {difference.kind for difference in found} == {"checksum"}
+    assert {difference.name for difference in found} == {str(p.relative_to(target)) for p in damaged}
+
+
+def test_files_without_checksums_are_not_called_checked(tmp_path: Path) -> None:
+    shutil.copytree(CHECKPOINTS["qwen3_moe_transformers_w2e2"], tmp_path / "source")
+    assert any("of 2 files only the structure" in note for note in api.verify(tmp_path / "source").notes)
 
 
 def in_distcp(tensor: Tensor) -> bool:
