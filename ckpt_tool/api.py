@@ -77,11 +77,15 @@ class Result:
         return self.bytes_written
 
 
-def open(path: PathLike) -> Checkpoint:
-    """Read the catalogue of a checkpoint: metadata only, whatever its size."""
+def open(path: PathLike, *, config: PathLike | None = None) -> Checkpoint:
+    """Read the catalogue of a checkpoint: metadata only, whatever its size.
+
+    Args:
+        config: a ``config.json``, which tells the experts where names and shapes do not.
+    """
     reader, checkpoint = open_checkpoint(Path(path))
     reader.close()
-    return checkpoint
+    return checkpoint if config is None else _with_experts(checkpoint, Path(path), config)
 
 
 def convert(
@@ -273,9 +277,7 @@ def find_copied_experts(
     how = how or Execution()
     reader, checkpoint = open_checkpoint(Path(source))
     try:
-        found, _ = find_config(Path(source), config)
-        if found is not None and not checkpoint.moe_layers:
-            checkpoint = to_hub(checkpoint, family_of(found))
+        checkpoint = _with_experts(checkpoint, Path(source), config)
         if not checkpoint.moe_layers:
             raise UsageError(
                 f"No routed experts are recognised in {checkpoint.root}, so nothing was checked. If the "
@@ -308,6 +310,14 @@ def verify(
             other_reader.close()
     finally:
         reader.close()
+
+
+def _with_experts(checkpoint: Checkpoint, source: Path, config: PathLike | None) -> Checkpoint:
+    """The catalogue with its experts told apart, where a config at hand does what reading could not."""
+    found, _ = find_config(source, config)
+    if found is None or checkpoint.moe_layers:
+        return checkpoint
+    return to_hub(checkpoint, family_of(found))
 
 
 def _verify_one(path: Path, budget: Budget, how: Execution) -> Verdict:

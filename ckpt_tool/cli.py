@@ -115,7 +115,7 @@ def inspect(
     """Say what a checkpoint is: format, topology, sizes, experts, states. Reads metadata only."""
     from ckpt_tool import api, inspection, report
 
-    checkpoint = api.open(src)
+    checkpoint = api.open(src, config=config)
     found = inspection.overview(checkpoint)
     tensor_rows = inspection.tensor_rows(checkpoint, tensors) if tensors is not None else None
     expert_rows = inspection.expert_rows(checkpoint) if experts else None

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from ckpt_tool import __version__, api, cli, inspection
 from ckpt_tool.errors import UsageError
 from tests.conftest import ZERO3, Finished, checkpoint_of, child_env, config_of, copy_fixture, run_cli, tree
+from tests.formats.dcp_tools import CHECKPOINTS as DCP_CHECKPOINTS
 
 
 class Runner:
@@ -377,6 +378,16 @@ def test_a_dry_run_says_that_nothing_was_written(run: Runner, tmp_path: Path) ->
     assert done.rc == 0
     assert "nothing was written" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_tells_stacked_experts_apart_by_a_config(run: Runner) -> None:
+    source = DCP_CHECKPOINTS["mixtral_accelerate_w2"]
+    assert json.loads(run("inspect", source, "--experts", "--json").stdout)["experts"] == []
+    done = run("inspect", source, "--experts", "--json", "--config", source.parent)
+    found = json.loads(done.stdout)
+    assert [(row["layer"], row["expert"]) for row in found["experts"]] == [(0, e) for e in range(4)]
+    assert (found["moe_layers"], found["experts_per_layer"]) == (1, 4)
+    assert all(row["files"] for row in found["experts"])
 
 
 def test_consolidate_into_transformers_own_layout(run: Runner, tmp_path: Path) -> None:
