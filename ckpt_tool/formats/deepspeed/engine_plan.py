@@ -30,6 +30,11 @@ _PER_RANK = (
     "Your code must do without it after loading."
 )
 
+_NO_STATE = (
+    "There is no optimizer state: load with load_checkpoint(..., load_module_only=True, "
+    "load_optimizer_states=False)."
+)
+
 
 def refuse_unsuitable(checkpoint: Checkpoint, options: TargetOptions) -> None:
     """Refuse what no DeepSpeed target can be made from.
@@ -49,10 +54,14 @@ def refuse_unsuitable(checkpoint: Checkpoint, options: TargetOptions) -> None:
         )
 
 
-def notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+def notes(checkpoint: Checkpoint, *, weights_only: bool) -> tuple[str, ...]:
     """What the user is to know about any DeepSpeed target of this source."""
-    per_rank = checkpoint.training.per_rank
-    return (*checkpoint.notes, *([_PER_RANK.format(names=", ".join(per_rank))] if per_rank else []))
+    found = list(checkpoint.notes)
+    if checkpoint.training.per_rank:
+        found.append(_PER_RANK.format(names=", ".join(checkpoint.training.per_rank)))
+    if weights_only or all(tensor.state in (MASTER, WEIGHT) for tensor in checkpoint.tensors):
+        found.append(_NO_STATE)
+    return tuple(found)
 
 
 class EnginePlan:

@@ -9,13 +9,15 @@ their group, because they are new parameters (runtime/engine.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.canonical import Checkpoint, ExpertName, Role, TensorName
 from ckpt_tool.errors import MismatchError
-from ckpt_tool.families import family_of
+from ckpt_tool.families import Family, family_of
+from ckpt_tool.families.autoep import name_in_run
+from ckpt_tool.families.forms import compiled
 from ckpt_tool.formats.deepspeed.module_tree import state_dict_names
 from ckpt_tool.formats.deepspeed.new_groups import new_groups
 
@@ -42,6 +44,8 @@ def with_module_order(
     found, buffers = state_dict_names(config)
     ends = {name.rsplit(".", 1)[-1] for name in buffers}
     checkpoint = _with_buffers(replace(checkpoint, aliases=aliases), ends)
+    if checkpoint.dialect == "autoep":
+        _check_blocks(found, checkpoint, family_of(config))
     names = _under_autoep(found, checkpoint)
     values = {tensor.name: tensor for tensor in checkpoint.values()}
     dense: list[TensorName] = [
@@ -96,6 +100,40 @@ def _with_buffers(checkpoint: Checkpoint, ends: set[str]) -> Checkpoint:
         for tensor in checkpoint.tensors
     )
     return replace(checkpoint, tensors=tensors)
+
+
+def _check_blocks(names: Sequence[str], checkpoint: Checkpoint, family: Family) -> None:
+    """Each MoE block holds what AutoEP makes of the model's.
+
+    Raises:
+        MismatchError: it lacks a tensor of the model, or has one more.
+    """
+    own: list[TensorName] = [tensor.name for tensor in checkpoint.values()]
+    for layer in checkpoint.moe_layers:
+        block = f"{layer.module}."
+        held = {
+            name
+            for name in own
+            if (name.startswith(block) if isinstance(name, str) else name.layer_path == layer.layer_path)
+        }
+        wanted = {new for name in names if name.startswith(block) for new in _in_block(name, family, block)}
+        lacking, extra = (sorted(map(str, one)) for one in (wanted - held, held - wanted))
+        if lacking or extra:
+            what = f"lacks {lacking[:5]}" if lacking else f"has {extra[:5]}, which the model has not"
+            raise MismatchError(
+                f"The MoE block {layer.module} of the checkpoint {what}, by transformers' model of this "
+                "config: is the checkpoint complete, and of this config?"
+            )
+
+
+def _in_block(name: str, family: Family, block: str) -> Iterable[TensorName]:
+    """What AutoEP makes of a tensor in a MoE block of transformers' model."""
+    for stored in family.fused:
+        match = compiled(stored.pattern).fullmatch(name)
+        if match is not None:
+            return stored.names(match["layer"])
+    published = family.published(name, "transformers") or name
+    return (name_in_run(published, family, (block,)),)
 
 
 def _under_autoep(names: list[str], checkpoint: Checkpoint) -> list[str]:

@@ -52,7 +52,10 @@ class Zero12Target:
         plan.check_supported()
         tag = f"global_step{checkpoint.training.step or 0}"
         return Layout(
-            _files(plan, self._stage, tag), checkpoint.tensors, plan.left_out(), notes(checkpoint)
+            _files(plan, self._stage, tag),
+            checkpoint.tensors,
+            plan.left_out(),
+            notes(checkpoint, weights_only=options.weights_only),
         )
 
 

@@ -44,7 +44,12 @@ class Zero3Target:
         tag = PurePath(checkpoint.root).name
         if checkpoint.format != self.name:
             tag = f"global_step{checkpoint.training.step or 0}"
-        return Layout(_files(plan, tag), checkpoint.tensors, plan.left_out(), notes(checkpoint))
+        return Layout(
+            _files(plan, tag),
+            checkpoint.tensors,
+            plan.left_out(),
+            notes(checkpoint, weights_only=options.weights_only),
+        )
 
 
 def _files(plan: _Plan, tag: str) -> LazyFiles:
