@@ -70,6 +70,8 @@ EXP_AVG = "exp_avg"
 EXP_AVG_SQ = "exp_avg_sq"
 STEP = "step"  # a scalar per parameter
 
+NOT_COMPARED = "Not compared,"  # how notes begin on what lies beside the catalogue
+
 GATE, UP, DOWN = "gate", "up", "down"
 PROJECTIONS = (GATE, UP, DOWN)
 

@@ -25,6 +25,7 @@ from ckpt_tool.storage import sync_directory
 MANIFEST = "ckpt_tool_manifest.json"
 MANIFEST_VERSION = 1
 JOURNAL = ".ckpt_tool_journal"
+RESERVED = frozenset({MANIFEST, JOURNAL})  # names that no file of a target may have
 
 
 class Staging:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import (
     MASTER,
+    NOT_COMPARED,
     WEIGHT,
     Box,
     Checkpoint,
@@ -97,6 +98,7 @@ def compare(
     a, b = sides
     pairs, differences, notes = _pair_up(a, b)
     notes += [note for side in sides for note in side.notes if note not in said]  # of what has no such name
+    notes += sorted(note for note in said if note.startswith(NOT_COMPARED))
     checked = []
     for pair in pairs:
         found = _form(pair, rounded or pair.rounded)
@@ -104,6 +106,7 @@ def compare(
         if not found:
             checked.append(pair)
     differences += _scalars(a, b)
+    notes += _one_sided(a, b)
     casts = sum(pair.a.dtype is not pair.b.dtype for pair in checked)
     if casts:
         notes.append(f"{casts} tensors differ in dtype and were compared after rounding the wider one.")
@@ -172,7 +175,8 @@ def _derived(
     right: dict[tuple[TensorName, str], Tensor],
     notes: list[str],
 ) -> list[_Pair]:
-    """Weights that only one side stores beside its masters: they are to be the other's masters, rounded.
+    """Weights that only one side stores, beside its masters or in their place (a run that trains in bf16):
+    they are to be the other's masters, rounded.
 
     Taken out of both sides. The engine compares them with nothing, so this is the only check they get.
     """
@@ -181,6 +185,9 @@ def _derived(
         for name, state in [key for key in one if key[1] == WEIGHT and key not in other]:
             if (name, MASTER) in one and (name, MASTER) in other:
                 weight, master = one.pop((name, state)), other[name, MASTER]
+                pairs.append(_Pair(master, weight, True) if swap else _Pair(weight, master, True))
+            elif (name, MASTER) in other and (name, MASTER) not in one:
+                weight, master = one.pop((name, state)), other.pop((name, MASTER))
                 pairs.append(_Pair(master, weight, True) if swap else _Pair(weight, master, True))
     if pairs:
         notes.append(
@@ -213,6 +220,36 @@ def _form(pair: _Pair, rounded: bool) -> list[Difference]:
             )
         ]
     return []
+
+
+# Options that choose between implementations of one and the same optimizer.
+_IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"})
+# What DeepSpeed says in a group of its partitions: of the ranks, and not of the optimizer.
+_OF_RANKS = frozenset({"name", "moe", "ep_size"})
+_PLAIN = (int, float, bool, str)
+
+
+def _one_sided(a: Checkpoint, b: Checkpoint) -> list[str]:
+    """What only one side holds of a run, and is therefore compared with nothing."""
+    notes = []
+    for what, first, second in (
+        ("parameter groups", a.training.param_groups, b.training.param_groups),
+        ("a scheduler's state", a.training.scheduler, b.training.scheduler),
+    ):
+        if bool(first) != bool(second):
+            notes.append(f"Only the {'first' if first else 'second'} has {what}: not compared.")
+    for names, which in ((_further(a, b), "first"), (_further(b, a), "second")):
+        if names:
+            notes.append(
+                f"Only the {which} has {', '.join(names)}, as a further name of a tensor that both have."
+            )
+    return notes
+
+
+def _further(one: Checkpoint, other: Checkpoint) -> list[str]:
+    """Names of tied tensors that the other side has neither as such nor as a tensor's."""
+    known = {*other.aliases, *(tensor.name for tensor in other.tensors)}
+    return [alias for alias in one.aliases if alias not in known]
 
 
 def _scalars(a: Checkpoint, b: Checkpoint) -> list[Difference]:
@@ -256,14 +293,24 @@ def _group_options(a: Checkpoint, b: Checkpoint) -> list[Difference]:
         {name: group.options for group in side.training.param_groups for name in group.parameters}
         for side in (a, b)
     )
+    passed_over = _IMPLEMENTATION if a.format == b.format == "torch-dcp" else _IMPLEMENTATION | _OF_RANKS
     found: dict[str, Difference] = {}
     for name in left.keys() & right.keys():
-        for option in ("lr", "betas", "eps", "weight_decay"):
-            one, other = left[name].get(option), right[name].get(option)
-            if option not in found and None not in (one, other) and repr(one) != repr(other):
+        for option in left[name].keys() & right[name].keys() - passed_over - found.keys():
+            one, other = left[name][option], right[name][option]
+            if not _same_option(one, other):
                 message = f"{option} of {name} is {one} in the first, {other} in the second"
                 found[option] = Difference("scalar", option, message)
     return list(found.values())
+
+
+def _same_option(one: Any, other: Any) -> bool:
+    """Whether two options say the same; of others than numbers and text it is not known."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same_option, one, other))
+    if not isinstance(one, _PLAIN) or not isinstance(other, _PLAIN):
+        return True
+    return one == other or repr(one) == repr(other)
 
 
 def _values(
@@ -395,7 +442,8 @@ def _equal(a: memoryview, b: memoryview) -> bool:
 
 
 def check_replicas(checkpoint: Checkpoint, reader: Reader, budget: Budget) -> None:
-    """Compare experts that several EP ranks hold before one of the copies is used.
+    """Compare what is stored more than once before one of the copies is used: experts that several EP ranks
+    hold, and tied tensors.
 
     Raises:
         MismatchError: the copies differ.
@@ -416,6 +464,13 @@ def check_replicas(checkpoint: Checkpoint, reader: Reader, budget: Budget) -> No
             )
             if at is not None:
                 raise MismatchError(
-                    f"{tensor.element(at)}: the copies of this expert on different EP ranks differ, in "
+                    f"{tensor.element(at)}: {_copies(checkpoint, tensor)} differ, in "
                     f"{file_of(tensor, originals, at)} and {replica.file}. ckpt-tool does not choose."
                 )
+
+
+def _copies(checkpoint: Checkpoint, tensor: Tensor) -> str:
+    tied = [alias for alias, name in checkpoint.aliases.items() if name == tensor.name]
+    if tied and not isinstance(tensor.name, ExpertName):
+        return f"it and {' and '.join(tied)}, which are tied,"
+    return "the copies of this tensor on different ranks"

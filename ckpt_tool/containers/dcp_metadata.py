@@ -196,11 +196,6 @@ def _entry(
                 f"{where}: no file holds the part of {key!r} at {list(offsets)}. A part is missing."
             )
         chunks.append(Chunk(offsets, sizes, storage[key, offsets]))
-    held = sum(1 for other, offset in storage if other == key) if len(chunks) < 2 else len(chunks)
-    if held != len(chunks):
-        raise UnreadableError(
-            f"{where}: data is stored for {held} parts of {key!r}, it lists {len(chunks)}."
-        )
     return TensorEntry(shape, _DTYPES[named.name], tuple(chunks))
 
 

@@ -95,6 +95,15 @@ class TensorRecord:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """An object known by the size of its pickle only: too large to be read, or of a kind that nothing here
+    needs to look into. It can be copied as it lies in its file."""
+
+    nbytes: int
+    __setstate__ = _inert
+
+
 class Sealed(type):
     """The metaclass of stand-ins: a pickle cannot set attributes on the class."""
 
@@ -137,6 +146,50 @@ class Opaque(metaclass=Sealed):
 
     def __repr__(self) -> str:
         return f"{self.module}.{self.qualname}{self.args!r}"
+
+
+_DEEPEST = 100
+_FEWEST_NODES = 10_000
+
+
+def check_spelled_out(value: Any, length: int, where: str) -> None:
+    """Refuse what a pickle of ``length`` bytes blows up: containers within themselves, or one container
+    that stands in very many places. Everything later goes through all places one by one.
+
+    Raises:
+        UnreadableError: the value is nested too deeply, or has many more members than its pickle has bytes.
+    """
+    most = 4 * length + _FEWEST_NODES
+    seen = 0
+    waiting = [(value, 0)]
+    while waiting:
+        one, depth = waiting.pop()
+        members = _members(one)
+        seen += len(members)
+        if depth > _DEEPEST:
+            raise UnreadableError(
+                f"{where}: an object holds containers nested more than {_DEEPEST} deep, or itself. Save "
+                "the checkpoint without it."
+            )
+        if seen > most:
+            raise UnreadableError(
+                f"{where}: an object of {length} bytes unfolds to more than {most} members, because "
+                "the same containers stand in it over and over. Save the checkpoint without it."
+            )
+        waiting += [(member, depth + 1) for member in members if not isinstance(member, _LEAVES)]
+
+
+_LEAVES = (str, int, float, bytes, type(None))
+
+
+def _members(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    if isinstance(value, Opaque):
+        return [*value.args, value.state]
+    return [value.attributes] if isinstance(value, TensorRecord) else []
 
 
 def map_containers(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -66,6 +66,7 @@ class SafetensorsFile:
         self.tensors: dict[str, Tensor] = {}
         spans = []
         for name, entry in header.items():
+            _check_name(name, where)
             shape, dtype, begin, end = _entry(entry, name, where)
             spans.append((begin, end, name))
             regions = contiguous(shape, path, 8 + length + begin) if begin != end else ()
@@ -107,6 +108,13 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise UnreadableError(f"{where}: the header is not a JSON object.")
     return header
+
+
+def _check_name(name: str, where: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UnreadableError(f"{where}: the tensor name {name!a} is no valid Unicode.") from error
 
 
 def _metadata(value: Any, where: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ import binascii
 import io
 import struct
 import zipfile
+from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ from ckpt_tool.storage import Reader
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _CHUNK = 1 << 20
 _SAMPLE = 4096
+_END = struct.Struct("<4s4H2IH")
+_FIELD = 4  # bytes before an extra field's content: its kind and length
 
 
 class _FileView(io.RawIOBase):
@@ -83,10 +86,25 @@ class StoredZip:
             info.filename.split("/", 1)[-1]: info for info in archive.infolist()
         }
         directory = reader.read(path, offset + archive.start_dir, self.size - archive.start_dir)
+        self._starts = sorted(info.header_offset for info in archive.infolist())
+        self._directory_at = archive.start_dir
+        self._check_bounds(directory, len(archive.infolist()))
         self.source = SourceFile(path, self.size, self._fingerprint(directory), ((offset, self.size),))
         for name, info in self.records.items():
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise UnreadableError(f"{self.where}: record {name} is compressed; torch stores.")
+
+    def _check_bounds(self, directory: bytes, count: int) -> None:
+        """The zip module takes the last archive of several, and skips what precedes or follows it."""
+        end = directory[-_END.size :]
+        ends = len(end) == _END.size and end[:4] == b"PK\x05\x06" and end[-2:] == b"\0\0"
+        if not ends or self._starts[:1] != [0] or count != len(self.records):
+            raise UnreadableError(
+                f"{self.where}: {self.size} bytes from here on are not exactly one torch archive: its "
+                "first record does not begin there, it does not end there, or two records have one "
+                "name. The file or what says where its parts lie is damaged; copy it again from where it "
+                "was saved."
+            )
 
     def _fingerprint(self, directory: bytes) -> str:
         """Of the directory, and where it states no CRCs of the first bytes of every record."""
@@ -113,15 +131,35 @@ class StoredZip:
     def record_offset(self, name: str) -> int:
         """Where a record's data begins in the file; its local header alone knows the padding."""
         info = self.info(name)
-        header = self._reader.read(self.path, self._base + info.header_offset, LOCAL_HEADER.size)
-        signature, *_, name_length, extra_length = LOCAL_HEADER.unpack(header)
-        start = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
-        if signature != b"PK\x03\x04" or start + info.file_size > self.size:
+        stated = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+        room = min(LOCAL_HEADER.size + len(stated) + _FIELD, self.size - info.header_offset)
+        header = self._reader.read(self.path, self._base + info.header_offset, room)
+        signature, *_, name_length, extra_length = LOCAL_HEADER.unpack_from(header)
+        fields = LOCAL_HEADER.size + name_length
+        start = info.header_offset + fields + extra_length
+        if (
+            signature != b"PK\x03\x04"
+            or header[LOCAL_HEADER.size : fields] != stated
+            or not _tiled(self._extra(info, header[fields:], fields, extra_length), extra_length)
+            or start + info.file_size > self._next(info.header_offset)
+        ):
             raise UnreadableError(
                 f"{self.where}: record {name} is not where the directory says. The file is damaged; copy "
                 "it again from where it was saved."
             )
         return self._base + int(start)
+
+    def _extra(self, info: zipfile.ZipInfo, begun: bytes, start: int, length: int) -> bytes:
+        """The extra fields of a local header; of torch's padding, which mostly is the only one, what was
+        read with the header."""
+        if length < _FIELD or begun[:2] == b"FB":
+            return begun[:length]
+        return self._reader.read(self.path, self._base + info.header_offset + start, length)
+
+    def _next(self, start: int) -> int:
+        """Where the record after the one at ``start`` begins, or the directory."""
+        later = bisect_right(self._starts, start)
+        return self._starts[later] if later < len(self._starts) else self._directory_at
 
     def record_crc(self, name: str) -> int:
         """The CRC-32 of a record: as the archive states it, else computed.
@@ -136,3 +174,15 @@ class StoredZip:
             length = min(_CHUNK, info.file_size - low)
             crc = binascii.crc32(self._reader.read(self.path, start + low, length), crc)
         return crc
+
+
+def _tiled(extra: bytes, length: int) -> bool:
+    """Whether extra fields end where a local header says that they do: a wrong length would move the data
+    that follows. torch's padding is the last of them, and only its beginning is needed."""
+    at = 0
+    while at + _FIELD <= len(extra):
+        padding = extra[at : at + 2] == b"FB"
+        at += _FIELD + int.from_bytes(extra[at + 2 : at + _FIELD], "little")
+        if padding:
+            break
+    return at == length

@@ -19,6 +19,8 @@ from ckpt_tool.containers.pickle_records import (
     Opaque,
     StorageRecord,
     TensorRecord,
+    Unread,
+    check_spelled_out,
     has_storage,
     map_containers,
 )
@@ -38,7 +40,7 @@ class TorchArchive(StoredZip):
 
     ``root`` is what was saved, tensors as ``TensorRecord``. ``offset`` and ``length`` say where in the file
     the archive lies: a .distcp file is many archives back to back. ``extra`` is passed on to
-    ``pickles.loads``.
+    ``pickles.loads``. A pickle of more than ``largest`` bytes is not read; ``root`` says so (``Unread``).
 
     Raises:
         UnreadableError: the file is missing, truncated, or no torch archive.
@@ -53,11 +55,17 @@ class TorchArchive(StoredZip):
         length: int | None = None,
         *,
         extra: Mapping[tuple[str, str], Any] | None = None,
+        largest: int | None = None,
     ) -> None:
         super().__init__(reader, path, offset, length)
         if "byteorder" in self.records and self.read_record("byteorder") != b"little":
             raise UnreadableError(f"{self.where} was saved on a big-endian machine; not supported.")
-        self.root: Any = pickles.loads(self.read_record("data.pkl"), where=self.where, extra=extra)
+        size = self.info("data.pkl").file_size
+        if largest is not None and size > largest:
+            self.root: Any = Unread(size)
+            return
+        self.root = pickles.loads(self.read_record("data.pkl"), where=self.where, extra=extra)
+        check_spelled_out(self.root, size, self.where)
 
     def storage_crc(self, record: TensorRecord) -> int:
         """The CRC-32 of a tensor's storage: as the archive states it, else computed."""

@@ -21,7 +21,7 @@ def cast(data: memoryview, source: DType, out: memoryview, target: DType) -> Non
     """Fill ``out`` with the elements of ``data`` in another float dtype.
 
     Raises:
-        ExecutionError: not both dtypes are ``CASTABLE``; the planner refuses that beforehand.
+        ExecutionError: not both dtypes are ``CASTABLE``, which the planner refuses beforehand.
     """
     import numpy as np
 
@@ -39,6 +39,30 @@ def cast(data: memoryview, source: DType, out: memoryview, target: DType) -> Non
         _through_float32(data, source, out, target)
     else:
         raise ExecutionError(f"A cast from {source} to {target} is not supported.")
+
+
+def refuse_overflow(data: memoryview, source: DType, out: memoryview) -> None:
+    """Raises ExecutionError where a cast to float16 has made finite numbers infinite, as torch does.
+
+    Looked for in the result, a small block at a time: infinity and NaN have float16's largest exponent.
+    """
+    import numpy as np
+
+    bfloat16 = source is DType.bfloat16
+    values: Any = np.frombuffer(data, np.uint16 if bfloat16 else source.torch_name)
+    result = np.frombuffer(out, np.uint16)
+    lost = 0
+    for start in range(0, result.size, _BLOCK):
+        suspect = start + np.flatnonzero((result[start : start + _BLOCK] & 0x7C00) == 0x7C00)
+        if suspect.size:
+            found = values[suspect]
+            finite = (found & 0x7F80) != 0x7F80 if bfloat16 else np.isfinite(found)
+            lost += int(finite.sum())
+    if lost:
+        raise ExecutionError(
+            f"at least {lost} of its numbers are too large for float16, whose largest is 65504, and would "
+            "become infinite. Convert to bf16 or fp32."
+        )
 
 
 def _through_float32(data: memoryview, source: DType, out: memoryview, target: DType) -> None:

@@ -16,10 +16,11 @@ from typing import NamedTuple
 import xxhash
 from isal import isal_zlib
 
-from ckpt_tool.canonical import Box
+from ckpt_tool.canonical import Box, DType
 from ckpt_tool.containers.decoded import DecodingReader
+from ckpt_tool.errors import ExecutionError
 from ckpt_tool.execute.budget import MIB, Budget
-from ckpt_tool.execute.casts import cast
+from ckpt_tool.execute.casts import cast, refuse_overflow
 from ckpt_tool.execute.gather import gather
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.execute.threads import in_parallel
@@ -225,4 +226,9 @@ class _Tile:
             return raw
         out = self._second[: numel * fill.dtype.itemsize]
         cast(raw, tensor.dtype, out, fill.dtype)
+        try:
+            if fill.dtype is DType.float16:
+                refuse_overflow(raw, tensor.dtype, out)
+        except ExecutionError as error:
+            raise ExecutionError(f"{tensor.label()}: {error}") from error
         return out

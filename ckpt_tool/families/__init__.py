@@ -96,8 +96,10 @@ class Family:
         return self.fused if style == FUSED_FORM else self.hub
 
     def keeps_fp32(self, name: str) -> bool:
-        """Whether a tensor routes or trains wrongly when it is rounded."""
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.keep_fp32)
+        """Whether a tensor routes or trains wrongly when it is rounded; by its published name or by that
+        in transformers' memory."""
+        names = {name, self.published(name, "transformers") or name}
+        return any(fnmatch.fnmatchcase(one, pattern) for one in names for pattern in self.keep_fp32)
 
     def renames(self, dialect: str) -> Mapping[str, str]:
         """The renames from a module tree's names to published ones."""
@@ -124,7 +126,8 @@ class Family:
             letter: stated(text, self.config.get(key, ()))
             for letter, key in (("E", "experts"), ("I", "expert_size"), ("H", "expert_hidden_size"))
         }
-        return {letter: value[1] for letter, value in found.items() if value and type(value[1]) is int}
+        sizes = {letter: of_all_layers(value[1]) for letter, value in found.items() if value}
+        return {letter: size for letter, size in sizes.items() if type(size) is int}
 
     def published_path(self, path: str) -> str:
         """A module path or name of transformers' tree with its published prefix."""
@@ -161,13 +164,16 @@ class Family:
 
     def unpublished(self, name: str, dialect: str) -> str:
         """The inverse of ``published``."""
+        return self.memory_path(self.unpublished_by_rule(name, dialect) or name)
+
+    def unpublished_by_rule(self, name: str, dialect: str) -> str | None:
+        """What a rename of the dialect makes of a published name; None where none is about it."""
         inverse = [(target, pattern) for pattern, target in reversed(list(self.renames(dialect).items()))]
         for pattern, target in _specific_first(inverse):
             renamed = _renamed(name, pattern, target)
             if renamed is not None:
-                name = renamed
-                break
-        return self.memory_path(name)
+                return renamed
+        return None
 
 
 def _swap_prefix(path: str, prefixes: Iterable[tuple[str, str]]) -> str:
@@ -294,6 +300,12 @@ def stated(config: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, Any] | 
         if value is not None:
             return key, value
     return None
+
+
+def of_all_layers(value: Any) -> Any:
+    """A list of one value per layer, all the same, as that value."""
+    same = isinstance(value, list) and value and all(one == value[0] for one in value)
+    return value[0] if same else value
 
 
 def families_rows() -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_tool.canonical import DOWN, Checkpoint, ExpertName, Tensor, TensorName
 from ckpt_tool.errors import MismatchError
-from ckpt_tool.families import Family, stated, text_config
+from ckpt_tool.families import Family, of_all_layers, stated, text_config
 from ckpt_tool.families.forms import compiled
 
 _EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|word_embeddings|embeddings|wte)\.weight")
@@ -23,20 +23,26 @@ def check_config(checkpoint: Checkpoint, family: Family, config: Mapping[str, An
         MismatchError: layers, experts, sizes or tied embeddings disagree; the message has both numbers.
     """
     text = text_config(config)
-    for key in ("layers", "experts", "extra_experts", "expert_size", "hidden_size"):
+    for key in ("layers", "extra_experts", "hidden_size"):
         _size(text, family.config.get(key, ()))
+    for key in ("experts", "expert_size"):
+        _size_of_all(text, family.config.get(key, ()))
     values = {tensor.name: tensor for tensor in checkpoint.values()}
     _check_layers(values, family, text)
     _check_experts(values, family, text)
+    _check_blocks(values, family)
     _check_embeddings(checkpoint, values, family, config)
     _check_rows(values, family, text)
 
 
 def _check_rows(values: Mapping[TensorName, Tensor], family: Family, text: Mapping[str, Any]) -> None:
     """Dense tensors have as many rows as the config says, where the family's table says whose they are."""
+    if not family.rows:
+        return
     fields = dict(text)
-    if fields.get("head_dim") is None and fields.get("num_attention_heads") and "hidden_size" in fields:
-        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
+    heads, hidden = _size(text, ["num_attention_heads"]), _size(text, ["hidden_size"])
+    if fields.get("head_dim") is None and heads is not None and heads[1] and hidden is not None:
+        fields["head_dim"] = hidden[1] // heads[1]
     decoder = f"{_decoder(values)}."  # a vision tower may use the same names, with sizes of its own
     for name, tensor in values.items():
         if not isinstance(name, str) or not name.startswith(decoder):
@@ -47,13 +53,23 @@ def _check_rows(values: Mapping[TensorName, Tensor], family: Family, text: Mappi
                 continue
             if all(type(fields.get(factor)) is int for factor in factors):
                 stated_rows = math.prod(fields[factor] for factor in factors)
-                if stated_rows != tensor.shape[0]:
-                    raise _disagree(" x ".join(factors), stated_rows, tensor.shape[0], name)
+                rows = tensor.shape[0] if tensor.shape else 0
+                if stated_rows != rows:
+                    raise _disagree(" x ".join(factors), stated_rows, rows, name)
 
 
 def _size(text: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, int] | None:
     """The first of ``keys`` that a config has; raises MismatchError where its value is no size."""
+    return _checked(stated(text, keys))
+
+
+def _size_of_all(text: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, int] | None:
+    """The same, where a config may have a list of one per layer, all the same."""
     found = stated(text, keys)
+    return None if found is None else _checked((found[0], of_all_layers(found[1])))
+
+
+def _checked(found: tuple[str, Any] | None) -> tuple[str, int] | None:
     if found is not None and (type(found[1]) is not int or found[1] < 0):
         raise MismatchError(f"config.json has {found[0]} {found[1]!r}, which is no size.")
     return found
@@ -68,7 +84,7 @@ def _check_embeddings(
     text = text_config(config)
     name = embedding_name(values)
     if name is not None:
-        rows, columns = values[name].shape
+        rows, columns = _matrix(values[name].shape, name)
         hidden = _size(text, family.config["hidden_size"])
         for field, size in ((_size(text, ["vocab_size"]), rows), (hidden, columns)):
             if field is not None and field[1] != size:
@@ -88,8 +104,17 @@ def _check_embeddings(
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether the language model's head is its embedding."""
-    return bool(config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False)))
+    """Whether the language model's head is its embedding.
+
+    Raises:
+        MismatchError: the config says something that is neither true nor false.
+    """
+    says = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
+    if says is not None and type(says) is not bool:
+        raise MismatchError(
+            f"config.json has tie_word_embeddings {says!r}, which is neither true nor false. Correct it."
+        )
+    return bool(says)
 
 
 def embedding_name(names: Mapping[TensorName, Any] | Mapping[str, Any]) -> str | None:
@@ -133,9 +158,15 @@ def _check_layers(values: Mapping[TensorName, Tensor], family: Family, text: Map
         return
     count = field[1]
     # Multi-token-prediction layers are numbered after the last and not counted.
-    extra = max((int(text.get(key) or 0) for key in _MTP_FIELDS), default=0)
+    extra = max(_integer(text, key) for key in _MTP_FIELDS)
     if not count <= max(numbers) + 1 <= count + extra:
         raise _disagree(field[0], count, max(numbers) + 1, "the names of its tensors")
+    lost = sorted(set(range(count)) - numbers)
+    if lost:
+        raise MismatchError(
+            f"config.json has {field[0]} {count}, and the checkpoint has no tensor of layers {lost}. It is "
+            "not complete."
+        )
     expected = moe_layer_numbers(family.moe_layers, text, count)
     if expected is not None and {layer for layer in moe if layer < count} != expected:
         raise MismatchError(
@@ -150,6 +181,22 @@ def moe_layer_numbers(rule: str, text: Mapping[str, Any], count: int) -> set[int
     return None if is_moe is None else {layer for layer in range(count) if is_moe(layer)}
 
 
+def _integer(text: Mapping[str, Any], key: str, default: int = 0) -> int:
+    """A config's number, or ``default``; raises MismatchError where it is no whole number."""
+    value = text.get(key)
+    if value is not None and type(value) is not int:
+        raise MismatchError(f"config.json has {key} {value!r}, which is no whole number.")
+    return default if value is None else value
+
+
+def _list(text: Mapping[str, Any], key: str) -> list[Any] | None:
+    """A config's list; raises MismatchError where it is none."""
+    value = text.get(key)
+    if value is not None and not isinstance(value, list):
+        raise MismatchError(f"config.json has {key} {value!r}, which is no list.")
+    return value
+
+
 _Rule = Callable[[int], bool]
 
 
@@ -162,56 +209,64 @@ def _no(_: int) -> bool:
 
 
 def _first_k_dense(text: Mapping[str, Any]) -> _Rule | None:
-    kinds = text.get("mlp_layer_types")
+    kinds = _list(text, "mlp_layer_types")
     if kinds is not None:
         return lambda layer: layer < len(kinds) and kinds[layer] != "dense"
     frequency = text.get("moe_layer_freq")
     if isinstance(frequency, list):
         return lambda layer: layer < len(frequency) and bool(frequency[layer])
-    if text.get("moe_layers_enum") is not None:
-        named = text["moe_layers_enum"]
-        numbers = named.split(",") if isinstance(named, str) else named
-        return lambda layer: layer in {int(number) for number in numbers}
-    dense = next(
-        (text[key] for key in ("first_k_dense_replace", "num_dense_layers") if text.get(key) is not None), 0
-    )
-    step = frequency if isinstance(frequency, int) and frequency > 0 else 1
-    return lambda layer: layer >= int(dense) and layer % step == 0
+    numbers = _enumerated(text)
+    if numbers is not None:
+        return lambda layer: layer in numbers
+    dense = _integer(text, "first_k_dense_replace", _integer(text, "num_dense_layers"))
+    step = max(_integer(text, "moe_layer_freq"), 1)
+    return lambda layer: layer >= dense and layer % step == 0
+
+
+def _enumerated(text: Mapping[str, Any]) -> set[int] | None:
+    """``moe_layers_enum``: numbers, or a text of them with commas between."""
+    named = text.get("moe_layers_enum")
+    if named is None:
+        return None
+    found = named.split(",") if isinstance(named, str) else named
+    if isinstance(found, list) and all(re.fullmatch(r" *\d+ *", str(number)) for number in found):
+        return {int(number) for number in found}
+    raise MismatchError(f"config.json has moe_layers_enum {named!r}, which is no list of layers.")
 
 
 def _sparse_step(text: Mapping[str, Any]) -> _Rule | None:
-    step, dense = int(text.get("decoder_sparse_step") or 1), text.get("mlp_only_layers") or ()
+    step, dense = _integer(text, "decoder_sparse_step") or 1, _list(text, "mlp_only_layers") or ()
     return lambda layer: layer not in dense and (layer + 1) % step == 0
 
 
 def _llama4(text: Mapping[str, Any]) -> _Rule | None:
-    layers = text.get("moe_layers")
-    step = int(text.get("interleave_moe_layer_step") or 1)
+    layers = _list(text, "moe_layers")
+    step = _integer(text, "interleave_moe_layer_step") or 1
     return lambda layer: layer in layers if layers else (layer + 1) % step == 0
 
 
 def _period(text: Mapping[str, Any]) -> _Rule | None:
     if text.get("expert_layer_period") is None or text.get("num_experts", 2) == 1:
         return None
-    period, offset = int(text["expert_layer_period"]), int(text.get("expert_layer_offset") or 0)
+    period, offset = _integer(text, "expert_layer_period") or 1, _integer(text, "expert_layer_offset")
     return lambda layer: layer % period == offset
 
 
 def _interval(text: Mapping[str, Any]) -> _Rule | None:
-    kinds = text.get("mlp_layer_types")
-    if kinds is not None:
+    if text.get("mlp_layer_types") is not None:
         return _first_k_dense(text)
-    start, step = int(text.get("moe_layer_start_index") or 0), int(text.get("moe_layer_interval") or 1)
-    end = text.get("moe_layer_end_index")
-    last = -1 if end is None else int(end)
+    start, step = _integer(text, "moe_layer_start_index"), _integer(text, "moe_layer_interval") or 1
+    last = _integer(text, "moe_layer_end_index", -1)
     return lambda layer: (layer + 1) % step == 0 and start <= layer and (last < 0 or layer <= last)
 
 
 def _layer_kinds(text: Mapping[str, Any]) -> _Rule | None:
-    kinds = text.get("layers_block_type")
+    kinds = _list(text, "layers_block_type")
     if kinds is not None:
         return lambda layer: layer < len(kinds) and kinds[layer] == "moe"
     pattern = text.get("hybrid_override_pattern")
+    if pattern is not None and not isinstance(pattern, str):
+        raise MismatchError(f"config.json has hybrid_override_pattern {pattern!r}, which is no text.")
     return None if pattern is None else lambda layer: layer < len(pattern) and pattern[layer] == "E"
 
 
@@ -237,10 +292,10 @@ _RULES: Mapping[str, Callable[[Mapping[str, Any]], _Rule | None]] = {
 
 
 def _check_experts(values: Mapping[TensorName, Tensor], family: Family, text: Mapping[str, Any]) -> None:
-    experts = _size(text, family.config.get("experts", ()))
+    experts = _size_of_all(text, family.config.get("experts", ()))
     extra = _size(text, family.config.get("extra_experts", ()))
     counts = {experts[1], experts[1] + (extra[1] if extra else 0)} if experts else set()
-    size = _size(text, family.config.get("expert_size", ()))
+    size = _size_of_all(text, family.config.get("expert_size", ()))
     hidden = _size(text, family.config["expert_hidden_size"])
     present: dict[str, set[str]] = {}
     for name, tensor in values.items():
@@ -256,7 +311,7 @@ def _check_experts(values: Mapping[TensorName, Tensor], family: Family, text: Ma
         if name.part != "weight":
             continue
         present.setdefault(name.layer_path, set()).add(name.projection)
-        rows, columns = tensor.shape[1:]
+        rows, columns = _matrix(tensor.shape[1:], str(name))
         inner, outer = (columns, rows) if name.projection == DOWN else (rows, columns)
         if size is not None and size[1] != inner:
             raise _disagree(size[0], size[1], inner, str(name))
@@ -267,6 +322,36 @@ def _check_experts(values: Mapping[TensorName, Tensor], family: Family, text: Ma
         if projections != wanted:
             missing = sorted(wanted ^ projections)
             raise MismatchError(f"Layer {path} has no {missing} of its experts.")
+
+
+def _matrix(shape: tuple[int, ...], where: str) -> tuple[int, int]:
+    if len(shape) != 2:
+        raise MismatchError(f"{where} has shape {list(shape)}, where the model has a matrix.")
+    return shape[0], shape[1]
+
+
+def _check_blocks(values: Mapping[TensorName, Tensor], family: Family) -> None:
+    """Every MoE layer has what the others have beside its experts, and a router; known of the families
+    whose table says what AutoEP's blocks hold."""
+    held: dict[str, set[str]] = {path: set() for path in _main_moe_layers(values)}
+    for name in values:
+        for pattern in family.autoep.values():
+            match = compiled(pattern).fullmatch(name) if isinstance(name, str) else None
+            if match is not None and match["layer"] in held:
+                held[match["layer"]].add(str(name).removeprefix(match["layer"]))
+    routers = {
+        target.format(layer="").replace("*", "weight")
+        for own, target in family.autoep.items()
+        if ".router.gate." in own
+    }
+    wanted = routers.union(*held.values())
+    for path, names in sorted(held.items()):
+        missing = sorted(wanted - names)
+        if missing:
+            raise MismatchError(
+                f"The checkpoint has no {path}{missing[0]}, which a model of the family {family.name} has "
+                "in every MoE layer. It is not complete."
+            )
 
 
 def _disagree(key: str, value: Any, found: int, where: str) -> MismatchError:

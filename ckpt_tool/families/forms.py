@@ -239,5 +239,5 @@ def _origin(stacks: Sequence[Tensor], stored: Stored) -> Tensor | None:
 def compiled(pattern: str) -> re.Pattern[str]:
     """A name pattern as a regular expression with the groups ``layer``, ``expert`` and ``rest``."""
     text = re.escape(pattern).replace(r"\*", "(?P<rest>.+)")
-    text = text.replace(r"\{layer\}", r"(?P<layer>(?:.*\.)?\d+)")
-    return re.compile(text.replace(r"\{expert\}", r"(?P<expert>\d+)"))
+    text = text.replace(r"\{layer\}", r"(?P<layer>(?:.*\.)?[0-9]+)")
+    return re.compile(text.replace(r"\{expert\}", r"(?P<expert>[0-9]+)"))

@@ -44,8 +44,11 @@ def to_hub(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     def published(name: str) -> str:
         renamed = family.published(name, checkpoint.dialect)
         # torchtitan shares no name with published files, AutoEP none within its MoE blocks: a name
-        # without a rule is unknown there. transformers' names are published ones unless a rule says so.
+        # without a rule is unknown there. AutoEP leaves transformers' names elsewhere, which are
+        # published ones unless a rule says so.
         unknown = {"torchtitan": True, "autoep": name.startswith(blocks)}.get(checkpoint.dialect, False)
+        if renamed is None and checkpoint.dialect == "autoep" and not unknown:
+            renamed = family.published(name, "transformers")
         if renamed is None and unknown:
             raise MismatchError(
                 f"{name}: the family {family.name} has no published name for it. Is this the "
@@ -208,9 +211,18 @@ def from_hub(
         if stack not in stacks:
             stacks[stack] = {}
             found.append(stack)
+        if name != stored.key(match.layer_path, match.expert):
+            raise UnreadableError(
+                f"{name} numbers its expert otherwise than {stored.key(match.layer_path, match.expert)}; "
+                "nothing tells whether that is the same expert. Correct the name."
+            )
         stacks[stack][match.expert] = tensor
     result = [_stack(item, stacks[item]) if isinstance(item, ExpertName) else item for item in found]
     _check_once(result)
+    if sum(tensor.numel for tensor in tensors.values()) != sum(tensor.numel for tensor in result):
+        raise UnreadableError(
+            "Recognising the tensors of the files lost elements. This is a bug in ckpt-tool."
+        )
     return result
 
 
@@ -340,7 +352,7 @@ def entries(tensors: Sequence[Tensor], family: Family, style: str) -> list[Entry
     for tensor in tensors:
         if isinstance(tensor.name, ExpertName):
             by_layer.setdefault(tensor.name.layer_path, {})[tensor.name] = tensor
-    joined = _Joined(tensors, family) if style == FUSED_FORM else None
+    joined = Joined(tensors, family) if style == FUSED_FORM else None
     found: list[Entry] = []
     for tensor in tensors:
         if isinstance(tensor.name, ExpertName):
@@ -348,10 +360,19 @@ def entries(tensors: Sequence[Tensor], family: Family, style: str) -> list[Entry
         elif joined is None:
             found.append(Entry(tensor.name, tensor, tensor.shape))
         else:
-            found += joined.entries(tensor)
+            found += _in_memory(tensor, joined, family)
     if sum(t.numel for t in tensors) != sum(_numel(entry.shape) for entry in found):
         raise MismatchError("Naming the tensors of the result lost elements. This is a bug in ckpt-tool.")
     return found
+
+
+def _in_memory(tensor: Tensor, joined: Joined, family: Family) -> list[Entry]:
+    """A dense tensor under transformers' name, or the one it is part of, once."""
+    found = joined.tensors(tensor)
+    if found is None:
+        name = family.unpublished(str(tensor.name), "transformers")
+        found = [replace(tensor, name=name)]
+    return [Entry(str(one.name), one, one.shape) for one in found]
 
 
 def _numel(shape: Sequence[int]) -> int:
@@ -406,39 +427,45 @@ def _check_alike(stacks: Sequence[Tensor]) -> None:
             )
 
 
-class _Joined:
-    """Dense tensors under transformers' names; published parts are joined where all of them are there."""
+class Joined:
+    """The dense tensors that transformers has in memory as one, of tensors of one state: published parts
+    are joined where all of them are there."""
 
     def __init__(self, tensors: Sequence[Tensor], family: Family) -> None:
         self._family = family
         self._held = {tensor.name: tensor for tensor in tensors if isinstance(tensor.name, str)}
         self._done: set[str] = set()
 
-    def entries(self, tensor: Tensor) -> list[Entry]:
-        name = str(tensor.name)
-        if name in self._done:
+    def tensors(self, tensor: Tensor) -> list[Tensor] | None:
+        """The tensor that this is a part of, with its first part; nothing with the others. None where it
+        is no part of another."""
+        found = self.whole(str(tensor.name))
+        if found is None:
+            return None
+        key, names = found
+        if key in self._done:
             return []
+        self._done.add(key)
+        return [self._join(key, names)]
+
+    def whole(self, name: str) -> tuple[str, list[str]] | None:
+        """The tensor in memory that a published one is a part of, and the names of all its parts."""
         for whole, parts in self._family.parts.items():
             for part in parts:
                 match = compiled(part).fullmatch(name)
-                if match is not None:
-                    names = [other.format(layer=match["layer"]) for other in parts]
-                    if all(other in self._held for other in names):
-                        key = whole.format(layer=self._layer_path(match["layer"]))
-                        return [self._join(key, names)]
-        renamed = self._family.unpublished(name, "transformers")
-        return [Entry(renamed, replace(tensor, name=renamed), tensor.shape)]
+                if match is None:
+                    continue
+                names = [other.format(layer=match["layer"]) for other in parts]
+                if all(other in self._held for other in names):
+                    layer = self._family.memory_path(f"{match['layer']}.").removesuffix(".")
+                    return whole.format(layer=layer), names
+        return None
 
-    def _layer_path(self, path: str) -> str:
-        return self._family.memory_path(f"{path}.").removesuffix(".")
-
-    def _join(self, key: str, names: Sequence[str]) -> Entry:
-        self._done |= set(names)
+    def _join(self, key: str, names: Sequence[str]) -> Tensor:
         parts = [self._held[name] for name in names]
         placed, row = [], 0
         for part in parts:
             rest = [Axis(dim, 0, size) for dim, size in enumerate(part.shape)][1:]
             placed.append(Placed(part, (Axis(0, row, part.shape[0]), *rest)))
             row += part.shape[0]
-        shape = (row, *parts[0].shape[1:])
-        return Entry(key, replace(assemble(parts[0], shape, placed), name=key), shape)
+        return replace(assemble(parts[0], (row, *parts[0].shape[1:]), placed), name=key)

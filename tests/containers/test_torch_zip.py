@@ -333,3 +333,28 @@ def test_a_tensor_of_another_archive_is_not_written_as_ours(tmp_path: Path) -> N
     torch.save({"t": torch.arange(3.0)}, tmp_path / "a.pt")
     with pytest.raises(TypeError):
         torch_file("file.pt", {"t": opened(tmp_path / "a.pt").root["t"]})
+
+
+@pytest.mark.parametrize("change", [-4, -1, 4])
+def test_a_local_header_that_would_move_the_data_is_refused(change: int, tmp_path: Path) -> None:
+    """The data are zeros: what follows the padding looks like an empty field."""
+    torch.save({"a": torch.zeros(64)}, tmp_path / "file.pt")
+    data = bytearray((tmp_path / "file.pt").read_bytes())
+    header = data.rfind(b"PK\x03\x04", 0, data.find(b"/data/0"))
+    length = int.from_bytes(data[header + 28 : header + 30], "little") + change
+    data[header + 28 : header + 30] = length.to_bytes(2, "little")
+    (tmp_path / "file.pt").write_bytes(data)
+    archive = opened(tmp_path / "file.pt")
+    with pytest.raises(UnreadableError, match="not where the directory says"):
+        archive.offset_of(archive.root["a"])
+
+
+@pytest.mark.parametrize(("before", "after"), [(b"x", b""), (b"", b"x")])
+def test_an_archive_with_something_around_it_is_refused(
+    before: bytes, after: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "file.pt").write_bytes(before + bytes(saved({"a": torch.ones(2)})) + after)
+    with pytest.raises(
+        UnreadableError, match=r"not exactly one torch archive|not a complete torch archive"
+    ):
+        opened(tmp_path / "file.pt")

@@ -8,6 +8,7 @@ family is for.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import traceback
@@ -22,6 +23,9 @@ from ckpt_tool.comparison import compare
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Silent
+from ckpt_tool.families import family_of, text_config
+from ckpt_tool.families.autoep import to_autoep
+from ckpt_tool.families.naming import to_hub
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.hf import HuggingFace
 from ckpt_tool.formats.registry import open_checkpoint
@@ -35,6 +39,8 @@ _DENSE_NAMES_DIFFER = {
     "deepseek_ocr2", "deepseek_v4", "dots3_note", "inkling2", "inkling_mm_model", "kimi_k25", "kimi_linear",
     "minimax_m3_vl", "mistral_large4", "nemo_speechlm", "qwen3_omni_moe", "step3p7", "unlimited_ocr",
 }  # fmt: skip
+# transformers keeps these families' norms in fp32 where it loads fp16; they are published in bf16.
+_NORMS_IN_BF16 = {"afmoe", "gpt_oss"}
 # transformers does not restore these (formats/families.md, section 6).
 _NOT_RESTORED = ("balancing_biases",)
 _BUDGET = Budget.share(1 << 20, 1)
@@ -89,10 +95,50 @@ def loaded(kind: type, path: Path, state: dict[str, torch.Tensor], expected: tor
     return None if not restored or torch.equal(logits(model), expected) else f"{path.name}: logits differ"
 
 
+def rounded(name: str, model: Any) -> list[str]:
+    """The tensors that transformers keeps in fp32 and ckpt-tool would round."""
+    family = family_of(model.config.to_dict())
+    modules = set(model._keep_in_fp32_modules_strict or ())
+    if name not in _NORMS_IN_BF16:
+        modules |= set(model._keep_in_fp32_modules or ())
+    kept = [re.compile(rf"(?:^|\.){re.escape(module)}(?:$|\.)") for module in modules]
+    return [
+        key
+        for key in model.state_dict()
+        if any(pattern.search(key) for pattern in kept) and not family.keeps_fp32(key)
+    ]
+
+
+def lost_in_autoep(path: Path) -> str | None:
+    """What is named otherwise after AutoEP's names, for the families that have them; and whether they are
+    those of the blocks that AutoEP makes."""
+    reader, checkpoint = open_checkpoint(path)
+    reader.close()
+    config = checkpoint.model_config or {}
+    family = family_of(config)
+    if not family.autoep or family.autoep_wrong or text_config(config) is not config:
+        return None
+    there = to_autoep(checkpoint, family)
+    names = {tensor.name for tensor in to_hub(there, family).tensors} ^ {t.name for t in checkpoint.tensors}
+    if names:
+        return f"hub -> AutoEP -> hub: {sorted(map(str, names))[:3]}"
+    blocks = tuple(f"{layer.module}." for layer in there.moe_layers)
+    inside = [str(tensor.name) for tensor in there.tensors if str(tensor.name).startswith(blocks)]
+    wrong = [
+        name for name in inside if not re.search(r"\.(?:router|experts|shared_experts(?:_gate)?)\.", name)
+    ]
+    return f"no names of AutoEP's: {wrong[:3]}" if wrong else None
+
+
 def check(name: str, root: Path) -> str | None:
     model = build(name)
+    if rounded(name, model):
+        return f"transformers keeps in fp32, and the family's table does not: {rounded(name, model)[:3]}"
     state, expected = model.state_dict(), logits(model)
     model.save_pretrained(root / "saved")
+    wrong = lost_in_autoep(root / "saved")
+    if wrong is not None:
+        return wrong
     model.save_pretrained(root / "saved_fused", save_original_format=False)
     found = differences(root / "saved", root / "saved_fused", experts_only=name in _DENSE_NAMES_DIFFER)
     if found:

@@ -156,10 +156,18 @@ def same_but_for_nans(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.equal(found.isnan(), broken) and raw(found[~broken]) == raw(expected[~broken])
 
 
+def without_overflow(values: torch.Tensor, target: torch.dtype) -> torch.Tensor:
+    """Without the finite numbers that float16 would make infinite, which are refused."""
+    if target is not torch.float16:
+        return values
+    return values[values.to(target).isfinite() | ~values.double().isfinite()]
+
+
 @pytest.mark.parametrize("tile", [64, 4096])
 @pytest.mark.parametrize(("source", "target"), CASTS, ids=str)
 def test_casts_are_torchs(source: torch.dtype, target: torch.dtype, tile: int, tmp_path: Path) -> None:
     values = torch.cat([torch.tensor(SPECIAL, dtype=torch.float64).to(source), some_of(source, 2000)])
+    values = without_overflow(values, target)
     described = stored(tmp_path, {"t": values})["t"]
     layout = Layout((torch_file("f.pt", [whole(described, DTYPES[target])]),), (described,))
     carry_out(layout, tmp_path, tmp_path / "out", budget=Budget(2, tile))
@@ -172,7 +180,7 @@ def test_casts_are_torchs(source: torch.dtype, target: torch.dtype, tile: int, t
 def test_every_other_cast_is_right_or_refused_with_nothing_written(
     source: torch.dtype, target: torch.dtype, tmp_path: Path
 ) -> None:
-    values = torch.tensor(SPECIAL, dtype=torch.float64).to(source)
+    values = without_overflow(torch.tensor(SPECIAL, dtype=torch.float64).to(source), target)
     described = stored(tmp_path, {"t": values})["t"]
     layout = Layout((torch_file("f.pt", [whole(described, DTYPES[target])]),), (described,))
     try:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import ckpt_tool.api
+from ckpt_tool.errors import UnreadableError
 from ckpt_tool.layout import Layout
 
 from .dcp_tools import CHECKPOINTS, FIXTURES, convert, read
@@ -74,6 +75,22 @@ def test_a_scheduler_that_cannot_be_read_is_copied(tmp_path: Path) -> None:
     layout = convert(source, tmp_path / "out", world=3)
     assert files(tmp_path / "out") == files(source)
     assert not any("left out" in note for note in layout.notes)
+
+
+def test_a_scheduler_in_torchs_older_form_is_copied(tmp_path: Path) -> None:
+    source = source_with(tmp_path)
+    torch.save({"last_epoch": 2}, source / "scheduler.bin", _use_new_zipfile_serialization=False)
+    assert any("scheduler is left out" in note for note in read(source)[1].notes)
+    convert(source, tmp_path / "out", world=3)
+    assert files(tmp_path / "out") == files(source)
+
+
+@pytest.mark.parametrize("text", ['{"global_step": 2,', "[]"], ids=["cut short", "a list"])
+def test_a_broken_trainer_state_is_named(text: str, tmp_path: Path) -> None:
+    source = source_with(tmp_path)
+    (source / "trainer_state.json").write_text(text)
+    with pytest.raises(UnreadableError, match=r"trainer_state\.json (is not JSON|holds no JSON object)"):
+        read(source)
 
 
 @pytest.mark.parametrize("options", [{"style": "plain"}, {"style": "transformers"}, {"weights_only": True}])
@@ -142,6 +159,15 @@ def test_more_ranks_of_veomni_get_the_extra_state_of_others(veomni: Path, tmp_pa
     found = files(tmp_path / "out")
     assert list(found.values()) == [*files(veomni).values(), files(veomni)[EXTRA[0]]]
     assert any("rank r modulo 2" in note for note in layout.notes)
+
+
+@pytest.mark.parametrize(
+    ("missing", "match"), [(0, "none of rank 0"), (1, "2 ranks saved the tensors and 1 an extra_state")]
+)
+def test_an_extra_state_that_is_missing(missing: int, match: str, veomni: Path) -> None:
+    (veomni / EXTRA[missing]).unlink()
+    with pytest.raises(UnreadableError, match=match):
+        read(veomni)
 
 
 def test_veomni_has_the_groups_of_its_ep(veomni: Path, tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ def test_roots_of_other_frameworks(root: str, tmp_path: Path) -> None:
 def test_parameters_without_optimizer_state_are_frozen(tmp_path: Path) -> None:
     state = _state()
     del state["optimizer"]["state"]["lm_head.weight"]
+    state["optimizer"]["param_groups"][0]["params"].remove("lm_head.weight")
     state["model"]["lm_head.weight"] = torch.randn(4, 2)
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
     _, checkpoint = read(tmp_path)

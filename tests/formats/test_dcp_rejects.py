@@ -20,7 +20,7 @@ from ckpt_tool.formats.dcp.contents import read_directory
 from ckpt_tool.formats.registry import open_checkpoint
 from ckpt_tool.storage import LocalReader
 
-from .dcp_tools import CHECKPOINTS, read, write
+from .dcp_tools import CHECKPOINTS, FIXTURES, read, write
 
 
 @pytest.fixture
@@ -194,12 +194,12 @@ def test_chunk_of_another_shape_than_stated(titan: Path) -> None:
         entry = metadata.state_dict_metadata["norm.weight"]
         other = metadata.state_dict_metadata[WO]
         for mine, theirs in zip(entry.chunks, other.chunks, strict=True):
-            metadata.storage_data[MetadataIndex("norm.weight", mine.offsets)] = metadata.storage_data[
-                MetadataIndex(WO, theirs.offsets)
-            ]
+            ours = MetadataIndex("norm.weight", mine.offsets), MetadataIndex(WO, theirs.offsets)
+            one, other = (metadata.storage_data[index] for index in ours)
+            metadata.storage_data[ours[0]], metadata.storage_data[ours[1]] = other, one
 
     edit(titan, change)
-    with pytest.raises(UnreadableError, match=r"the metadata says a part of norm\.weight"):
+    with pytest.raises(UnreadableError, match=r"the metadata says a part of (norm|layers)"):
         open_checkpoint(titan)
 
 
@@ -250,6 +250,33 @@ def test_storage_range_that_is_no_archive(titan: Path) -> None:
     edit(titan, change)
     with pytest.raises(UnreadableError, match=r"not a complete torch archive|truncated|damaged|not where"):
         open_checkpoint(titan)
+
+
+def test_entries_on_the_same_bytes(titan: Path) -> None:
+    def change(metadata: Any) -> None:
+        one, other = (
+            MetadataIndex(WO, chunk.offsets) for chunk in metadata.state_dict_metadata[WO].chunks[:2]
+        )
+        metadata.storage_data[other] = metadata.storage_data[one]
+
+    edit(titan, change)
+    with pytest.raises(UnreadableError, match="They overlap"):
+        open_checkpoint(titan)
+
+
+def test_range_of_two_archives(tmp_path: Path) -> None:
+    """Python's zip module reads the last archive of several and passes over the others."""
+    dcp.save({"model": {"a": torch.ones(2), "b": torch.zeros(2)}}, checkpoint_id=tmp_path, no_dist=True)
+
+    def change(metadata: Any) -> None:
+        first, second = sorted(metadata.storage_data.items(), key=lambda item: item[1].offset)
+        first[1].length += second[1].length
+        del metadata.storage_data[second[0]]
+        del metadata.state_dict_metadata[second[0].fqn]
+
+    edit(tmp_path, change)
+    with pytest.raises(UnreadableError, match="not exactly one torch archive"):
+        open_checkpoint(tmp_path)
 
 
 def test_optimizer_state_of_no_parameter(tmp_path: Path) -> None:
@@ -313,6 +340,32 @@ def test_last_shard_missing(sharded: Path) -> None:
     (sharded / "shard-00002-model-00001-of-00001.safetensors").unlink()
     with pytest.raises(UnreadableError, match="The last shards are missing"):
         open_checkpoint(sharded)
+
+
+def _weights_only(sharded: Path) -> None:
+    for path in [sharded / ".metadata", *sharded.glob("*.distcp")]:
+        path.unlink()
+
+
+def test_last_shard_missing_by_the_config(sharded: Path) -> None:
+    _weights_only(sharded)
+    shutil.copy(FIXTURES / "qwen3_moe_transformers_w2e2" / "config.json", sharded)
+    assert not any("last shards" in note for note in open_checkpoint(sharded)[1].notes)
+    (sharded / "shard-00002-model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(UnreadableError, match="The last shards are missing"):
+        open_checkpoint(sharded)
+
+
+def test_without_a_config_a_note_says_that_last_shards_may_be_missing(sharded: Path) -> None:
+    _weights_only(sharded)
+    assert any("Whether the last shards are missing" in note for note in open_checkpoint(sharded)[1].notes)
+
+
+def test_file_of_another_save_is_left_out(titan: Path) -> None:
+    shutil.copy(titan / "__0_0.distcp", titan / "__7_0.distcp")
+    checkpoint = open_checkpoint(titan)[1]
+    assert (checkpoint.topology.world_size, checkpoint.topology.ep_size) == (4, 2)
+    assert any("__7_0.distcp belongs to another save" in note for note in checkpoint.notes)
 
 
 def test_file_of_a_shard_missing(sharded: Path) -> None:

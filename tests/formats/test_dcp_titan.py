@@ -19,22 +19,38 @@ LAYER = "layers.0.attention"
 HEADS, HEAD, COLUMNS = 2, 4, 5
 
 
-def saved(directory: Path, *, norm: bool = True, rows: int = 32, config: Any = None) -> Path:
+def saved(
+    directory: Path,
+    *,
+    norm: int | None = HEAD,
+    rows: int = 32,
+    config: Any = None,
+    beside: dict[str, Any] | None = None,
+) -> Path:
     """A layer whose optimizer knows one projection: 4 query heads, 2 of keys and values."""
     size = HEADS * HEAD
     weights = {f"{LAYER}.qkv_linear.{one}.weight": torch.rand(size, COLUMNS) for one in ("wk", "wv")}
     weights[f"{LAYER}.qkv_linear.wq.weight"] = torch.rand(rows - 2 * size, COLUMNS)
-    if norm:
-        weights[f"{LAYER}.q_norm.weight"] = torch.rand(HEAD)
+    if norm is not None:
+        weights[f"{LAYER}.q_norm.weight"] = torch.rand(norm)
     whole = torch.arange(32 * COLUMNS, dtype=torch.float32).reshape(32, COLUMNS)
-    state = {f"state.{LAYER}.qkv_linear.wqkv.weight.exp_avg": whole}
+    state: dict[str, Any] = {f"state.{LAYER}.qkv_linear.wqkv.weight.exp_avg": whole}
+    if beside is not None:
+        state = beside
     dcp.save({**weights, "optimizer": state}, checkpoint_id=directory, no_dist=True)
     if config is not None:
         (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 
-@pytest.mark.parametrize("given", [{}, {"norm": False, "config": {"num_key_value_heads": HEADS}}])
+STATED = {"num_key_value_heads": HEADS}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"norm": None, "config": STATED}, {"norm": 16, "config": STATED}],
+    ids=["by the norm", "by the config", "a norm of all heads"],
+)
 def test_states_are_read_as_those_of_the_three(given: dict[str, Any], tmp_path: Path) -> None:
     reader, checkpoint = read(saved(tmp_path / "step-1", **given))
     found = states(reader, checkpoint)
@@ -46,7 +62,20 @@ def test_states_are_read_as_those_of_the_three(given: dict[str, Any], tmp_path: 
 
 def test_without_the_number_of_heads_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match=r"how many heads.*config\.json"):
-        read(saved(tmp_path / "step-1", norm=False))
+        read(saved(tmp_path / "step-1", norm=None))
+    with pytest.raises(UnreadableError, match=r"how many heads.*config\.json"):
+        read(saved(tmp_path / "step-2", norm=16))
+
+
+def test_a_config_that_contradicts_the_norm_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match=r"num_key_value_heads 4, but by its norms .* has 2 heads"):
+        read(saved(tmp_path / "step-1", config={"num_key_value_heads": 4}))
+
+
+def test_groups_are_those_of_the_three_before_the_first_step(tmp_path: Path) -> None:
+    groups = {f"param_groups.{LAYER}.qkv_linear.wqkv.weight.lr": 0.1}
+    (group,) = read(saved(tmp_path / "step-1", beside=groups))[1].training.param_groups
+    assert group.parameters == tuple(f"{LAYER}.qkv_linear.{name}.weight" for name in ("wq", "wk", "wv"))
 
 
 def test_a_state_of_another_size_is_refused(tmp_path: Path) -> None:

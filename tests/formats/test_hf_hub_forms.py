@@ -479,7 +479,7 @@ def test_qwen3_omni_moe_leaves_its_talker_alone(tmp_path: Path, inside: str) -> 
         for at, inner in ((f"thinker.model.{inside}layers.0", I), ("talker.model.layers.0", 6))
         for e in range(E)
         for name, shape in (("gate", (inner, H)), ("up", (inner, H)), ("down", (H, inner)))
-    }
+    } | {f"thinker.model.{inside}layers.0.mlp.gate.weight": noise(E, H)}
     path = write(tmp_path / "hub", config | {"model_type": "qwen3_omni_moe"}, stored)
     thinker = {name.replace(inside, ""): tensor for name, tensor in stored.items() if "thinker" in name}
     expected = {
@@ -678,6 +678,7 @@ def test_number_of_experts_gets_the_published_name(tmp_path: Path) -> None:
     }  # fmt: skip
     at = f"{LAYER}.mlp.experts"
     stored = {f"{at}.gate_up_proj": noise(E, 2 * I, H), f"{at}.down_proj": noise(E, H, I)}
+    stored[f"{LAYER}.mlp.gate.weight"] = noise(E, H)
     convert(write(tmp_path / "saved", config, stored), tmp_path / "hub")
     written = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert (written["num_experts"], written["num_local_experts"]) == (E, E)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ckpt_tool.canonical import WEIGHT, Checkpoint, DType, Tensor, contiguous
+from ckpt_tool.errors import UnreadableError
 from ckpt_tool.layout import Fill, TargetFile
 from ckpt_tool.storage import Reader
 
@@ -38,7 +39,8 @@ WITHOUT = {
     ),
 }
 
-_EXTRA_STATE = "extra_state"
+_EXTRA_STATE, _CONFIG = "extra_state", "config.json"
+_EXTRA_STATE_FILE = re.compile(r"extra_state_rank_(\d+)\.pt")
 _SHARED = re.compile(
     r"scheduler(?:_\d+)?\.bin|scheduler\.pt|sampler(?:_\d+)?\.bin|scaler\.pt|custom_checkpoint_\d+\.pkl"
     r"|trainer_state\.json|training_args\.bin"
@@ -50,11 +52,13 @@ _OWN = re.compile(rf"{_OF_RANKS.pattern}|sampler(?:_\d+)?\.bin|scaler\.pt|custom
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """The files of a source, by path, with their sizes. ``extra_states`` are by rank."""
+    """The files of a source, by path, with their sizes. ``extra_states`` are by rank, ``config`` is the
+    size of a config.json."""
 
     shared: Mapping[str, int] = field(default_factory=dict)
     of_ranks: Mapping[str, int] = field(default_factory=dict)
     extra_states: tuple[tuple[str, int], ...] = ()
+    config: int | None = None
 
     def note(self) -> str | None:
         """What a target of another framework does without."""
@@ -75,14 +79,26 @@ def _listed(names: Iterable[str]) -> str:
 
 def find_beside(reader: Reader) -> Beside:
     names = reader.list()
-    ranks = set(reader.list(_EXTRA_STATE))
-    extra = [f"extra_state_rank_{rank}.pt" for rank in range(len(ranks))]
-    paths = [f"{_EXTRA_STATE}/{name}" for name in extra] if ranks == set(extra) else []
+    paths = _extra_state_files(reader)
     return Beside(
         {name: reader.size(name) for name in names if _SHARED.fullmatch(name)},
         {name: reader.size(name) for name in names if _OF_RANKS.fullmatch(name)},
         tuple((path, reader.size(path)) for path in paths),
+        reader.size(_CONFIG) if _CONFIG in names else None,
     )
+
+
+def _extra_state_files(reader: Reader) -> list[str]:
+    """VeOmni's files in the order of the ranks; raises UnreadableError where one is missing."""
+    matches = map(_EXTRA_STATE_FILE.fullmatch, reader.list(_EXTRA_STATE))
+    ranks = {int(match[1]) for match in matches if match}
+    missing = sorted(set(range(max(ranks, default=-1) + 1)) - ranks)
+    if missing:
+        raise UnreadableError(
+            f"{reader.root}/{_EXTRA_STATE} has files of {len(ranks)} ranks up to {max(ranks)}, and none of "
+            f"rank {missing[0]}. Copy the directory whole, or take it away to convert without."
+        )
+    return [f"{_EXTRA_STATE}/extra_state_rank_{rank}.pt" for rank in range(len(ranks))]
 
 
 def is_veomni(reader: Reader) -> bool:
@@ -117,6 +133,14 @@ def carry(checkpoint: Checkpoint, target: str, world: int | None) -> Carried:
     else:
         notes += _changed_world(beside)
     return Carried([_copy(path, path, size) for path, size in files.items()], notes)
+
+
+def carried_config(checkpoint: Checkpoint) -> list[TargetFile]:
+    """The config.json beside a source whose names stay: by it experts are told apart in the target, too."""
+    beside = getattr(checkpoint.layout_hint, "beside", None)
+    if not isinstance(beside, Beside) or beside.config is None:
+        return []
+    return [_copy(_CONFIG, _CONFIG, beside.config)]
 
 
 def _changed_world(beside: Beside) -> Iterator[str]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import xxhash
@@ -27,7 +28,7 @@ from ckpt_tool.containers.dcp_metadata import (
     TensorEntry,
     read_metadata,
 )
-from ckpt_tool.containers.pickle_records import Opaque, TensorRecord
+from ckpt_tool.containers.pickle_records import Opaque, TensorRecord, Unread
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import CoverageError, MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.scalars import scalar_state
@@ -36,8 +37,11 @@ from ckpt_tool.storage import Reader
 
 _RANK_FILE = re.compile(r"(?:.*/)?__(\d+)_\d+\.distcp$")
 _SHARD_FILE = re.compile(r"(?:.*/)?shard-(\d+)-model-\d+-of-\d+\.safetensors$")
-_RANK_METADATA = re.compile(r"__\d+\.metadata$")
+_RANK_METADATA = re.compile(r"__(\d+)\.metadata$")
 _THREADS = 8
+# The largest pickle of an object that is read: the names of a model with an entry for each of its experts
+# take some MiB. What is larger is copied as it lies there, or refused where its value is needed.
+_LARGEST_OBJECT = 16 << 20
 # What a 0-d tensor is read as a number of: steps and learning rates.
 _NUMBERS = (DType.float32, DType.float64, DType.int64, DType.int32)
 
@@ -84,13 +88,15 @@ class Held:
 
 @dataclass
 class Contents:
-    """All entries of one or more directories. ``home`` is the directory an entry was in."""
+    """All entries of one or more directories. ``objects`` may be ``Unread``; ``archives`` says where they
+    lie. ``notes`` are on what ranks did not agree on."""
 
     tensors: dict[str, Held] = field(default_factory=dict)
     objects: dict[str, Any] = field(default_factory=dict)
-    files_of_objects: dict[str, str] = field(default_factory=dict)
+    archives: dict[str, Stored] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
     sources: list[SourceFile] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, other: Contents, root: str) -> None:
         twice = sorted((set(self.tensors) | set(self.objects)) & (set(other.tensors) | set(other.objects)))
@@ -98,9 +104,10 @@ class Contents:
             raise UnreadableError(f"{root}: {twice[0]} is saved twice, in two directories.")
         self.tensors |= other.tensors
         self.objects |= other.objects
-        self.files_of_objects |= other.files_of_objects
+        self.archives |= other.archives
         self.paths |= other.paths
         self.sources += other.sources
+        self.notes += other.notes
 
 
 def metadata_files(reader: Reader, directory: str) -> list[str]:
@@ -108,7 +115,8 @@ def metadata_files(reader: Reader, directory: str) -> list[str]:
     names = reader.list(directory)
     if METADATA in names:
         return [METADATA]
-    return sorted(name for name in names if _RANK_METADATA.match(name))
+    by_rank = {int(match[1]): name for name in names if (match := _RANK_METADATA.match(name))}
+    return [by_rank[rank] for rank in sorted(by_rank)]
 
 
 def read_directory(reader: Reader, directory: str) -> Contents:
@@ -125,22 +133,35 @@ def read_directory(reader: Reader, directory: str) -> Contents:
             f"{reader.root}/{prefix}{METADATA} is missing: it is written last, so this save was not "
             "finished (or not copied whole). Use an earlier step."
         )
+    _check_ranks(f"{reader.root}/{prefix}", files)
     metadata, copies = _merged([read_metadata(reader, prefix + name) for name in files])
     found = Contents(paths=dict(metadata.paths))
     opened = _open_all(reader, metadata, copies)
-    _check_copies(copies, opened)
+    found.notes = _check_copies(copies, opened)
     for key, entry in metadata.entries.items():
         if isinstance(entry, BytesEntry):
             found.objects[key] = opened[entry.stored].value
-            found.files_of_objects[key] = entry.stored.file
+            found.archives[key] = entry.stored
         else:
             found.tensors[key] = _held(reader, key, entry, opened)
     found.sources = [_metadata_source(reader, prefix + name) for name in files] + _sources(reader, opened)
     return found
 
 
+def _check_ranks(where: str, files: list[str]) -> None:
+    """Each rank that saved for itself has a metadata file; the highest tells how many there are."""
+    ranks = [int(match[1]) for name in files if (match := _RANK_METADATA.match(name))]
+    missing = sorted(set(range(max(ranks, default=-1) + 1)) - set(ranks))
+    if missing:
+        raise UnreadableError(
+            f"{where}__{missing[0]}.metadata is missing, while that of rank {max(ranks)} is there: what "
+            f"rank {missing[0]} saved is lost or was not copied. Copy the directory whole, or use an "
+            "earlier step."
+        )
+
+
 class _Copy(NamedTuple):
-    """A chunk that two ranks saved, each for itself."""
+    """A chunk or an object that two ranks saved, each for itself."""
 
     key: str
     kept: Stored
@@ -158,8 +179,13 @@ def _merged(all_metadata: list[Metadata]) -> tuple[Metadata, list[_Copy]]:
         paths |= metadata.paths
         for key, entry in metadata.entries.items():
             known = entries.setdefault(key, entry)
-            if known is entry or not (isinstance(known, TensorEntry) and isinstance(entry, TensorEntry)):
+            if known is entry:
                 continue
+            if isinstance(known, BytesEntry) and isinstance(entry, BytesEntry):
+                copies.append(_Copy(key, known.stored, entry.stored))
+                continue
+            if isinstance(known, BytesEntry) or isinstance(entry, BytesEntry):
+                raise MismatchError(f"Ranks disagree on {key}: a tensor for some, an object for others.")
             if (known.shape, known.dtype) != (entry.shape, entry.dtype):
                 raise MismatchError(f"Ranks disagree on {key}: {known.shape} and {entry.shape}.")
             have = {chunk.offsets: chunk.stored for chunk in known.chunks}
@@ -173,17 +199,32 @@ def _merged(all_metadata: list[Metadata]) -> tuple[Metadata, list[_Copy]]:
     return Metadata(entries, paths), copies
 
 
-def _check_copies(copies: Iterable[_Copy], opened: Mapping[Stored, _Opened]) -> None:
+def _check_copies(copies: Iterable[_Copy], opened: Mapping[Stored, _Opened]) -> list[str]:
+    """Notes on the objects that differ; tensors and parameter groups must not."""
+    differing: dict[str, None] = {}
     for key, kept, other in copies:
-        if opened[kept].crc != opened[other].crc:
+        one, another = opened[kept], opened[other]
+        if (one.crc, one.digest) == (another.crc, another.digest):
+            continue
+        if isinstance(one.value, TensorRecord) or isinstance(another.value, TensorRecord):
             raise MismatchError(
                 f"{key} differs between {kept.file} and {other.file}, which both claim the same part of "
                 "it. The ranks saved tensors of their own under one name; only they can load them."
             )
+        if ".param_groups." in f".{key}":
+            raise MismatchError(
+                f"{key} differs between {kept.file} and {other.file}: the ranks do not agree on the "
+                "options of the optimizer, and ckpt-tool does not choose."
+            )
+        differing[key] = None
+    return [f"{key} differs by rank; that of the first rank is taken." for key in differing]
 
 
 class _Opened(NamedTuple):
-    """What is needed of an archive: a tensor's record or an object, and where its first element lies."""
+    """What is needed of an archive: a tensor's record or an object, and where its first element lies.
+
+    ``crc`` and ``digest`` (of an object) are alike for copies of the same.
+    """
 
     value: Any
     where: str
@@ -191,6 +232,7 @@ class _Opened(NamedTuple):
     offset: int = 0
     crc: int | None = None
     scalar: Scalar | None = None
+    digest: str | int | None = None
 
 
 def _open_all(reader: Reader, metadata: Metadata, copies: Iterable[_Copy]) -> dict[Stored, _Opened]:
@@ -201,6 +243,7 @@ def _open_all(reader: Reader, metadata: Metadata, copies: Iterable[_Copy]) -> di
             wanted.append((key, entry.stored))
         else:
             wanted += [(key, chunk.stored) for chunk in entry.chunks]
+    _check_apart(reader.root, wanted)
 
     def open_one(item: tuple[str, Stored]) -> _Opened:
         key, stored = item
@@ -209,10 +252,13 @@ def _open_all(reader: Reader, metadata: Metadata, copies: Iterable[_Copy]) -> di
                 f"{reader.root}/{stored.file}: {key} was written through {', '.join(stored.transforms)}. "
                 "Transformed streams are not read; save without `_extensions`, or load and save it once."
             )
-        archive = TorchArchive(reader, stored.file, stored.offset, stored.length, extra=_OBJECTS)
+        archive = TorchArchive(
+            reader, stored.file, stored.offset, stored.length, extra=_OBJECTS, largest=_LARGEST_OBJECT
+        )
         record, fingerprint = archive.root, archive.source.fingerprint
         if not isinstance(record, TensorRecord):
-            return _Opened(_object(archive, reader), archive.where, fingerprint)
+            digest = _digest(archive) if stored in computed else None
+            return _Opened(_object(archive, reader), archive.where, fingerprint, digest=digest)
         scalar = None
         if not record.shape and record.dtype in _NUMBERS:
             scalar = scalar_state(archive, record)
@@ -224,6 +270,25 @@ def _open_all(reader: Reader, metadata: Metadata, copies: Iterable[_Copy]) -> di
 
     opened = in_threads(open_one, wanted)
     return {stored: one for (_, stored), one in zip(wanted, opened, strict=True)}
+
+
+def _check_apart(root: str, wanted: Iterable[tuple[str, Stored]]) -> None:
+    """No two entries lie on the same bytes: each was written for itself."""
+    by_place = sorted(wanted, key=lambda item: item[1])
+    for (key, stored), (next_key, following) in pairwise(by_place):
+        if stored.file == following.file and stored.offset + stored.length > following.offset:
+            raise UnreadableError(
+                f"{root}/{stored.file}: the metadata says that {key} ends at byte "
+                f"{stored.offset + stored.length} and {next_key} begins at byte {following.offset}. They "
+                "overlap: the metadata is damaged or was changed. Copy it again from where it was saved."
+            )
+
+
+def _digest(archive: TorchArchive) -> str | int:
+    """Equal for equal objects."""
+    if isinstance(archive.root, Unread):
+        return archive.record_crc("data.pkl")
+    return archive.digest(archive.root)
 
 
 def in_threads(one: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -288,16 +353,32 @@ def check_coverage(root: str, tensor: Tensor) -> None:
 
 
 def _object(archive: TorchArchive, reader: Reader) -> Any:
-    """A pickled object; a BytesIO in it is itself an archive."""
+    """A pickled object. A BytesIO is itself an archive: of a number in older torchtitan; one of tensors,
+    as modules have in their ``_extra_state``, is not looked into."""
     value = archive.root
+    if isinstance(value, Unread):
+        return value
     if isinstance(value, Opaque) and value.qualname == "BytesIO":
         data = value.state[0] if isinstance(value.state, tuple) and value.state else None
         if not isinstance(data, bytes):
             raise UnreadableError(f"{archive.where} holds a BytesIO without bytes.")
         inner = TorchArchive(_Memory(reader.root, data), archive.path)
         number = isinstance(inner.root, TensorRecord) and inner.root.numel == 1
-        return scalar_state(inner, inner.root).value if number else inner.root
+        if number and inner.root.dtype in _NUMBERS:
+            return scalar_state(inner, inner.root).value
+        return Unread(len(data)) if holds_stored(inner.root) else inner.root
     return archive.describe(value)
+
+
+def holds_stored(value: Any) -> bool:
+    """Whether there is something in a value that must be copied from a file."""
+    if isinstance(value, Tensor | TensorRecord | Unread):
+        return True
+    if isinstance(value, dict):
+        return any(map(holds_stored, value.values()))
+    if isinstance(value, Opaque):
+        return holds_stored(value.args) or holds_stored(value.state)
+    return isinstance(value, list | tuple) and any(map(holds_stored, value))
 
 
 class _Memory:

@@ -1,7 +1,9 @@
 """Expert tensors in DCP checkpoints: which keys they are, and the canonical stacks they hold.
 
 torchtitan's experts are recognised by their names alone; those of transformers are told apart with the
-family of a config.json, because names do not tell how gate and up are packed.
+family of a config.json, because names do not tell how gate and up are packed. Only experts are: dense
+tensors keep the names of the run's modules, but for models that have one tensor per expert, whose names
+are those of published files throughout.
 
 torchtitan (models/common/moe.py): ``w1`` is gate [E, F, D], ``w3`` up [E, F, D], ``w2`` down [E, D, F], all
 in ``nn.Linear`` orientation. Since June 2026 names end in their dimensions, since July 2026 the module is
@@ -11,14 +13,14 @@ in ``nn.Linear`` orientation. Since June 2026 names end in their dimensions, sin
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ckpt_tool.canonical import DOWN, GATE, UP, ExpertName, Tensor, TensorName
-from ckpt_tool.families import Family
+from ckpt_tool.canonical import DOWN, GATE, UP, Box, ExpertName, Tensor, TensorName
+from ckpt_tool.families import Family, Match
 from ckpt_tool.families.naming import from_hub
-from ckpt_tool.formats.dcp.titan import numbered
+from ckpt_tool.formats.dcp.titan import main_layers, numbered
 
 _TITAN = re.compile(
     r"(?P<layer>(?:mtp_)?layers\.\d+)\.moe\.(?:routed_experts\.inner_)?experts\.(?P<w>w[123])"
@@ -58,31 +60,61 @@ class Named(NamedTuple):
     names: dict[str, tuple[TensorName, ...]]
 
 
-def canonical(tensors: Mapping[str, Tensor], family: Family | None, layers: int) -> Named:
-    """Stacks of experts where they are recognised; all else under its own name. Keeps the order.
+class Naming:
+    """Canonical names for the keys of one model: stacks of experts where they are recognised, all else
+    under its own name.
 
-    Args:
-        layers: how many there are before torchtitan's ``mtp_layers``, which get the numbers after.
+    ``layers`` is how many there are before torchtitan's ``mtp_layers``, which get the numbers after.
+    ``published`` says that the model has a tensor per expert, as published files of the family do.
     """
-    found: list[Tensor | ExpertName] = []
-    names: dict[str, tuple[TensorName, ...]] = {}
-    per_expert: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        own = numbered(key, layers)
+
+    def __init__(
+        self, names: Collection[str], family: Family | None, config: Mapping[str, Any] | None
+    ) -> None:
+        self._family, self._config = family, config
+        self.layers = main_layers(names)
+        matches = map(self._match, names)
+        self.published = any(match is not None and match.expert is not None for match in matches)
+
+    def canonical(self, tensors: Mapping[str, Tensor]) -> Named:
+        """The tensors in their order.
+
+        Raises:
+            UnreadableError: experts are missing, or do not have the form that the family has.
+        """
+        given: dict[str, tuple[TensorName, ...]] = {}
+        found: dict[TensorName, Tensor] = {}
+        stacked = {key: tensor for key, tensor in tensors.items() if self._is_expert(key, tensor)}
+        stacks = {stack.name: stack for stack in from_hub(stacked, self._family, self._config)}
+        for key, tensor in tensors.items():
+            if key in stacked:
+                parts = [stacks[name] for name in self._stacks_of(key)]
+            else:
+                parts = self._dense(key, tensor)
+            given[key] = tuple(part.name for part in parts)
+            found |= {part.name: part for part in parts}
+        return Named(list(found.values()), given)
+
+    def _match(self, key: str) -> Match | None:
+        return self._family.match(self._family.corrected(key)) if self._family else None
+
+    def _is_expert(self, key: str, tensor: Tensor) -> bool:
+        match = self._match(key)
+        if match is None:
+            return False
+        flattened = any("E" in dim and len(dim) > 1 for stored in match.layouts for dim in stored.dims)
+        # Rows of several experts in boxes are not taken apart: such a tensor stays as it was saved.
+        return not (flattened and any(isinstance(region, Box) for region in tensor.regions))
+
+    def _stacks_of(self, key: str) -> tuple[ExpertName, ...]:
+        match = self._match(key)
+        if match is None or self._family is None:
+            return ()
+        return match.layouts[0].names(self._family.published_path(match.layer_path))
+
+    def _dense(self, key: str, tensor: Tensor) -> list[Tensor]:
+        own = numbered(key, self.layers)
         expert = titan_expert(own)
-        match = family.match(key) if family else None
-        if expert is not None:
-            parts = [replace(tensor, name=expert)]
-        elif match is not None and match.expert is not None:
-            name = match.layouts[0].names(match.layer_path)[0]
-            per_expert[key] = tensor
-            names[key] = (name,)
-            if name not in found:
-                found.append(name)
-            continue
-        else:
-            parts = from_hub({own: replace(tensor, name=own)}, family)
-        names[key] = tuple(part.name for part in parts)
-        found += parts
-    stacks = {stack.name: stack for stack in from_hub(per_expert, family)}
-    return Named([stacks[item] if isinstance(item, ExpertName) else item for item in found], names)
+        if expert is None and self.published:
+            return from_hub({key: tensor}, self._family)
+        return [replace(tensor, name=expert or own)]

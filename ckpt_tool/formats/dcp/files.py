@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from ckpt_tool.canonical import Box, DType, Region, Scalar, Tensor
+from ckpt_tool.canonical import WEIGHT, Box, DType, Region, Scalar, Tensor, contiguous
 from ckpt_tool.containers.dcp_metadata import (
     METADATA,
     BytesEntry,
@@ -29,7 +29,7 @@ from ckpt_tool.errors import CoverageError
 from ckpt_tool.formats.dcp.shards import SHARDING_INFO
 from ckpt_tool.formats.deepspeed.scalars import saved_scalar
 from ckpt_tool.geometry import Axis, take
-from ckpt_tool.layout import Literal, Maker, Slot, TargetFile, given
+from ckpt_tool.layout import Fill, Literal, Maker, Slot, TargetFile, given
 
 
 class Placement(NamedTuple):
@@ -40,10 +40,16 @@ class Placement(NamedTuple):
     sizes: tuple[int, ...]
 
 
+def object_or_archive(value: Any, stored: Stored) -> Any:
+    """An object of the source for the target: numbers and text as such, all else as its archive, which is
+    copied byte by byte and means the same wherever it lies."""
+    return value if isinstance(value, str | int | float | type(None)) else stored
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An entry to be saved: a tensor in chunks; a tensor known beforehand, a scalar, or an object, in the
-    one place it has."""
+    """An entry to be saved: a tensor in chunks; a tensor known beforehand, a scalar, an object, or the
+    archive of one (``Stored``), in the one place it has."""
 
     key: str
     path: Path
@@ -149,7 +155,15 @@ def _first(make: Callable[[str], tuple[TargetFile, list[Span]]], file: str) -> T
 def _archive(contents: _Directory, item: Item, place: Placement) -> TargetFile:
     if item.is_tensor:
         return torch_file("", contents.slot(item, place))
+    if isinstance(item.value, Stored):
+        return _copied(item.key, item.value)
     return torch_file("", saved_scalar(item.value) if isinstance(item.value, Scalar) else item.value)
+
+
+def _copied(key: str, stored: Stored) -> TargetFile:
+    size = stored.length
+    data = Tensor(key, WEIGHT, (size,), DType.uint8, contiguous((size,), stored.file, stored.offset))
+    return TargetFile("", size, (), (Fill(0, data, 0, size, DType.uint8),))
 
 
 def _metadata(items: Sequence[Item], stored: dict[tuple[str, tuple[int, ...]], Stored]) -> Metadata:

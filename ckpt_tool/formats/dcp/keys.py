@@ -8,18 +8,25 @@ apart as text either way (torch/distributed/checkpoint/state_dict.py, ``_flatten
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt_tool.canonical import STEP, Scalar
 from ckpt_tool.containers.dcp_metadata import Path
+from ckpt_tool.containers.pickle_records import Unread
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.formats.dcp.contents import Contents, Held
 
 # optimizer (torchtitan, accelerate, transformers, VeOmni), optim (PyTorch's tutorial)
 _OPTIMIZER = re.compile(
     r"(?P<root>(?:\w+\.)*?optim(?:izers?)?)\.(?P<kind>state|param_groups)\.(?P<rest>.+)"
+)
+_LIST_OF_GROUP = re.compile(r"(?:.+\.)?param_groups\.\d+\.params")
+# Keys of optimizer state wherever it stands: overlooked, a run would go on without its moments.
+_LIKE_OPTIMIZER = re.compile(
+    r"(?:.+\.)?(?:param_groups\..+"
+    r"|state\..+\.(?:step|exp_avg|exp_avg_sq|max_exp_avg_sq|exp_inf|momentum_buffer|square_avg|sum))"
 )
 # What frameworks save beside a model whose keys have no root of their own (torchtitan).
 _BESIDE = ("lr_scheduler", "scheduler", "dataloader", "train_state", "extra_state", "rng_state", "rng")
@@ -63,7 +70,9 @@ def joined(path: Path) -> tuple[str, Path]:
 
 @dataclass
 class Sorted:
-    """The entries by meaning. ``meaning`` maps the key of an optimizer state to (fqn, state)."""
+    """The entries by meaning: those of the model and of its optimizer, options of parameter groups, other
+    objects and other tensors (random states, averaged weights), which stay under their keys.
+    ``model_objects`` are what modules keep beside their tensors, by name (``get_extra_state``)."""
 
     model_root: Path = ()
     optimizer_root: Path = ("optimizer",)
@@ -74,6 +83,7 @@ class Sorted:
     groups: list[tuple[dict[str, Any], list[str]]] = field(default_factory=list)
     others: dict[str, Any] = field(default_factory=dict)
     other_tensors: dict[str, Held] = field(default_factory=dict)
+    model_objects: dict[str, Any] = field(default_factory=dict)
 
     @property
     def has_optimizer(self) -> bool:
@@ -87,20 +97,25 @@ def sort_entries(contents: Contents, root: str, *, with_model: bool = True) -> S
         with_model: whether the model is among them (transformers keeps it in safetensors).
 
     Raises:
-        UnreadableError: the optimizer state is keyed by number, or a parameter of it is not in the model.
+        UnreadableError: the optimizer state is keyed by number, stands where it is not known, or there is
+            more than one optimizer or model.
+        MismatchError: a parameter of the optimizer is not in the model.
     """
     found = Sorted()
     options: dict[str, dict[str, Any]] = {}
     rest: dict[str, Held] = {}
+    roots: dict[str, str] = {}
+    numbered = any(_LIST_OF_GROUP.fullmatch(key) for key in contents.objects)
     for key, value in [*contents.tensors.items(), *contents.objects.items()]:
-        match = _OPTIMIZER.fullmatch(key)
+        match = None if _is_models(key, contents.paths) else _OPTIMIZER.fullmatch(key)
         if match is None:
+            _refuse_optimizer(key, root)
             if isinstance(value, Held):
                 rest[key] = value
             else:
                 found.others[key] = value
             continue
-        found.optimizer_root = _path_of(match["root"])
+        roots.setdefault(match["root"], key)
         name, _, last = match["rest"].rpartition(".")
         if name.isdecimal() and match["kind"] == "state":
             raise UnreadableError(
@@ -108,13 +123,39 @@ def sort_entries(contents: Contents, root: str, *, with_model: bool = True) -> S
                 "resolve. Save it with torch.distributed.checkpoint.state_dict.get_optimizer_state_dict."
             )
         if match["kind"] == "param_groups":
+            if numbered:  # an option may itself be a dict, whose keys are joined on
+                name, _, last = match["rest"].partition(".")
             options.setdefault(name, {})[last] = _value(value, key, root)
         else:
             _add_state(found, name, last, value, key, root)
-    _split_model(found, rest, contents.paths, root, with_model)
+    if len(roots) > 1:
+        raise UnreadableError(
+            f"{root} holds the state of more than one optimizer ({', '.join(roots.values())}). A "
+            "checkpoint of one model and one optimizer is converted; save others elsewhere."
+        )
+    found.optimizer_root = _path_of(next(iter(roots), "optimizer"))
     found.flat = bool(options) and not all(name.isdecimal() for name in options)
     found.groups = _groups(options, found.flat, root)
+    if with_model:
+        _split_model(found, rest, contents.paths, root)
+    else:
+        found.other_tensors = rest
     return found
+
+
+def _is_models(key: str, paths: Mapping[str, Path]) -> bool:
+    """Whether an entry stands under a root of models: its modules may have any name."""
+    path = paths.get(key, ())
+    return any(path[: len(known)] == known for known in _MODEL_ROOTS)
+
+
+def _refuse_optimizer(key: str, root: str) -> None:
+    if _LIKE_OPTIMIZER.fullmatch(key) and key.split(".")[0] not in _BESIDE:
+        raise UnreadableError(
+            f"{root}: {key} looks like an optimizer's, but optimizer state is read only where it is saved "
+            "as `optimizer`, `optimizers` or `optim` and then `state` and `param_groups`. Save it there, "
+            "one optimizer for the model."
+        )
 
 
 def _path_of(text: str) -> Path:
@@ -123,6 +164,11 @@ def _path_of(text: str) -> Path:
 
 def _value(value: Any, key: str, root: str) -> Any:
     """An option of a parameter group; capturable optimizers keep lr as a tensor."""
+    if isinstance(value, Unread):
+        raise UnreadableError(
+            f"{root}: {key} holds tensors or {value.nbytes} bytes, which is not read for an option of a "
+            "parameter group. Save the optimizer without it."
+        )
     if not isinstance(value, Held):
         return value
     if value.scalar is None:
@@ -144,27 +190,44 @@ def _add_state(found: Sorted, fqn: str, state: str, value: Any, key: str, root: 
         )
 
 
-def _split_model(
-    found: Sorted, rest: dict[str, Held], paths: Mapping[str, Path], root: str, with_model: bool
-) -> None:
+def _split_model(found: Sorted, rest: dict[str, Held], paths: Mapping[str, Path], root: str) -> None:
     """Which of the remaining tensors are the model's, and what stands before their names."""
     trained = dict.fromkeys(fqn for fqn, _ in [*found.states, *found.scalars])
-    if not with_model:
-        found.other_tensors = rest
-        return
-    found.model_root = _model_root(rest, paths, trained)
+    listed = dict.fromkeys(fqn for _, fqns in found.groups for fqn in fqns)
+    found.model_root = _model_root(rest, paths, trained or listed, root)
     prefix = "".join(f"{part}." for part in found.model_root)
     for key, held in rest.items():
-        beside = not prefix and key.split(".")[0] in _BESIDE
+        beside = not prefix and key not in trained and _stands_beside(key, paths)
         if key.startswith(prefix) and not beside:
             found.model[key.removeprefix(prefix)] = held
         else:
             found.other_tensors[key] = held
-    missing = [fqn for fqn in trained if fqn not in found.model and not fused_parts(fqn, found.model)]
-    if missing and found.model:
+    for key in [key for key in found.others if _is_modules(key, prefix)]:
+        found.model_objects[key.removeprefix(prefix)] = found.others.pop(key)
+    if found.has_optimizer and not found.model:
+        raise UnreadableError(
+            f"{root} holds the state of an optimizer and no model. Pass the directory that has both; for "
+            "accelerate that is the one above."
+        )
+    missing = [fqn for fqn in trained if not _has(found.model, fqn)]
+    if missing:
         raise MismatchError(
             f"{root} has optimizer state of {missing[0]} ({len(missing)} such), but no such parameter."
         )
+
+
+def _is_modules(key: str, prefix: str) -> bool:
+    return key.startswith(prefix) if prefix else key.endswith("_extra_state")
+
+
+def _stands_beside(key: str, paths: Mapping[str, Path]) -> bool:
+    """Whether frameworks save an entry beside a model without a root; a module may have the same name."""
+    path = paths.get(key)
+    return key.split(".")[0] in _BESIDE and (path is None or len(path) > 1)
+
+
+def _has(model: Container[str], fqn: str) -> bool:
+    return fqn in model or fused_parts(fqn, model) is not None
 
 
 def fused_parts(fqn: str, model: Container[str]) -> tuple[str, str, str] | None:
@@ -174,15 +237,46 @@ def fused_parts(fqn: str, model: Container[str]) -> tuple[str, str, str] | None:
     return parts if path and fqn not in model and all(part in model for part in parts) else None
 
 
-def _model_root(rest: Mapping[str, Held], paths: Mapping[str, Path], trained: Iterable[str]) -> Path:
+def _model_root(
+    rest: Mapping[str, Held], paths: Mapping[str, Path], trained: Collection[str], root: str
+) -> Path:
     """By the names the optimizer uses; without one, by the paths and the roots known from frameworks."""
-    for fqn in trained:
-        for key in rest:
-            if key == fqn:
-                return ()
-        ends = [key for key in rest if key.endswith(f".{fqn}")]
-        if ends:
-            return _path_of(min(ends, key=len).removesuffix(f".{fqn}"))
+    found = _roots_of(rest, trained)
+    known = [path for path in found if path in ((), *_MODEL_ROOTS)]
+    if len(found) == 1 or len(known) == 1:
+        return (known or found)[0]
+    if found:
+        names = " and ".join(f"`{'.'.join(map(str, path))}`" for path in found)
+        raise UnreadableError(
+            f"{root} holds more than one model ({names}) with the names of the optimizer's parameters, and "
+            "nothing says which one is trained. Save that one as `model`."
+        )
+    return _known_root(rest, paths)
+
+
+def _roots_of(rest: Mapping[str, Held], trained: Collection[str]) -> list[Path]:
+    """What may stand before the names of the optimizer's parameters: with it, there are all of them; else
+    the most that there are, of which the missing ones are named later."""
+    fqn = next((fqn for fqn in trained if any(f".{key}".endswith(f".{fqn}") for key in rest)), None)
+    if fqn is None:
+        return []
+    roots = [key.removesuffix(fqn) for key in rest if f".{key}".endswith(f".{fqn}")]
+    counts = {root: sum(_has(_Under(rest, root), name) for name in trained) for root in roots}
+    most = max(counts.values())
+    return [_path_of(root.removesuffix(".")) for root, count in counts.items() if count == most]
+
+
+class _Under:
+    """The names of entries without what stands before them."""
+
+    def __init__(self, entries: Container[str], root: str) -> None:
+        self._entries, self._root = entries, root
+
+    def __contains__(self, name: object) -> bool:
+        return f"{self._root}{name}" in self._entries
+
+
+def _known_root(rest: Mapping[str, Held], paths: Mapping[str, Path]) -> Path:
     for known in _MODEL_ROOTS:
         depth = len(known)
         text = "".join(f"{part}." for part in known)

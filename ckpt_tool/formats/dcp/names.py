@@ -24,6 +24,7 @@ from ckpt_tool.families import Family, family_of, stated, text_config
 from ckpt_tool.families.forms import compiled, join
 from ckpt_tool.families.naming import to_hub
 from ckpt_tool.formats.dcp.experts import TITAN_NAMES, titan_layer
+from ckpt_tool.formats.dcp.reader import Hint
 from ckpt_tool.formats.dcp.titan import Fused, fuse, key_value_heads, unnumbered
 
 TITAN, TRANSFORMERS = "torchtitan", "transformers"
@@ -70,6 +71,9 @@ def styled(
         UsageError: names must change, and there is no config.json to say which model this is.
         MismatchError: the model's family has no such names.
     """
+    hint = checkpoint.layout_hint
+    if isinstance(hint, Hint) and checkpoint.dialect == dialect:
+        return _as_saved(checkpoint, hint, hint.fused if fused is None else fused)
     found = Styled()
     found.left_out = {
         tensor.label(): "the run keeps the fp32 values and rounds them itself"
@@ -98,6 +102,26 @@ def styled(
     found.zeros = namer.zeros(found)
     wanted = namer.fused(found) if fused is None else fused
     found.groups = fuse(found.tensors, found.scalars, found.groups, wanted)
+    return found
+
+
+def _as_saved(checkpoint: Checkpoint, hint: Hint, fused: Mapping[str, Fused]) -> Styled:
+    """A DCP source under the very names it has: whatever a config.json tells of its experts, what was
+    saved as one tensor stays one, in the form it has.
+    """
+    found, apart = Styled(aliases=dict(checkpoint.aliases)), hint.apart
+    values = {tensor.name: tensor for tensor in checkpoint.values()}
+    for name, names in hint.names.items():
+        listed = values[names[0]]
+        found.tensors[name, WEIGHT] = replace(apart.model[name].tensor, name=name, state=listed.state)
+        found.roles[name] = listed.role
+    for (name, state), held in apart.states.items():
+        found.tensors[name, state] = replace(held.tensor, name=name, state=state)
+    if sum(t.nbytes for t in found.tensors.values()) != sum(t.nbytes for t in checkpoint.tensors):
+        raise MismatchError("Keeping the names of the source lost elements. This is a bug in ckpt-tool.")
+    found.scalars = dict(apart.scalars)
+    found.groups = [(options, list(names)) for options, names in apart.groups]
+    found.groups = fuse(found.tensors, found.scalars, found.groups, fused)
     return found
 
 
@@ -160,26 +184,6 @@ class _Namer:
         for tensor in self.checkpoint.tensors:
             if isinstance(tensor.name, ExpertName):
                 yield self.expert(tensor.name), tensor
-
-
-class _Kept(_Namer):
-    """torchtitan's names as the source has them."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__(checkpoint)
-        hint = checkpoint.layout_hint
-        names: Mapping[str, tuple[TensorName, ...]] = getattr(hint, "names", {})
-        self._keys = {name: key for key, given in names.items() for name in given}
-        self._fused: Mapping[str, Fused] = getattr(hint, "fused", {})
-
-    def dense(self, name: str) -> str:
-        return self._keys.get(name, name)
-
-    def expert(self, name: ExpertName) -> str:
-        return self._keys.get(name) or _titan_name(name)
-
-    def fused(self, found: Styled) -> Mapping[str, Fused]:  # noqa: ARG002
-        return self._fused
 
 
 class _Renamed(_Namer):
@@ -252,22 +256,15 @@ class _Titan(_Renamed):
 
 
 class _Fused(_Renamed):
-    """transformers' fused stacks; ``same`` where dense names are those of the source already."""
+    """transformers' names and fused stacks."""
 
-    def __init__(self, checkpoint: Checkpoint, family: Family, *, same: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
         super().__init__(checkpoint, family, TRANSFORMERS)
-        self._same = same
-
-    def dense(self, name: str) -> str:
-        return name if self._same else super().dense(name)
-
-    def _path(self, layer_path: str) -> str:
-        return layer_path if self._same else self._family.memory_path(layer_path)
 
     def expert(self, name: ExpertName) -> str:
         for stored in self._family.fused:
             if name.projection in stored.projections and name.part == stored.part:
-                return stored.key(self._path(name.layer_path))
+                return stored.key(self._family.memory_path(name.layer_path))
         raise MismatchError(f"The family {self._family.name} has no fused name for {name}.")
 
     def stacks(self) -> Iterable[tuple[str, Tensor]]:
@@ -281,7 +278,7 @@ class _Fused(_Renamed):
                 if stored.part != part or not set(stored.projections) <= by_projection.keys():
                     continue
                 stacks = [by_projection.pop(projection) for projection in stored.projections]
-                key = stored.key(self._path(path))
+                key = stored.key(self._family.memory_path(path))
                 tensor, shape = join(stacks, stored, key)
                 if tensor.shape != shape:
                     raise MismatchError(
@@ -302,10 +299,7 @@ def _titan_name(name: ExpertName) -> str:
 
 def _namer(checkpoint: Checkpoint, dialect: str, config: Mapping[str, Any] | None) -> _Namer:
     has_stacks = any(isinstance(tensor.name, ExpertName) for tensor in checkpoint.tensors)
-    same = checkpoint.dialect == dialect
-    if same and dialect == TITAN:
-        return _Kept(checkpoint)
-    if same and not has_stacks:
+    if checkpoint.dialect == dialect and not has_stacks:
         return _Namer(checkpoint)
     found = config if config is not None else checkpoint.model_config
     if found is None:
@@ -318,6 +312,4 @@ def _namer(checkpoint: Checkpoint, dialect: str, config: Mapping[str, Any] | Non
         if not family.torchtitan:
             raise UsageError(f"torchtitan's names for the family {family.name} are not known.")
         return _Titan(to_hub(checkpoint, family), family, found)
-    if same:
-        return _Fused(checkpoint, family, same=True)
-    return _Fused(to_hub(checkpoint, family), family, same=False)
+    return _Fused(to_hub(checkpoint, family), family)

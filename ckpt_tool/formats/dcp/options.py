@@ -1,8 +1,8 @@
-"""Parameter groups as torch's AdamW keeps them."""
+"""Parameter groups for torch's optimizers: a DCP source's own, or made of DeepSpeed's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # torch 2.13, torch/optim/adam.py: the keys of a parameter group of AdamW. A run that loads a checkpoint
@@ -25,11 +25,38 @@ _FOREIGN = ("name", "moe", "params", "lp_params", "bias_correction", "ds_adam", 
 _PLAIN = (int, float, bool, str, type(None))
 
 
+def own_options(options: Mapping[str, Any], *, scheduled: bool) -> dict[str, Any]:
+    """The options of a group of torch's own optimizer, none of them changed. With ``scheduled`` the target
+    may ask for ``initial_lr``, as runs do that have a scheduler."""
+    merged = dict(options)
+    if scheduled and "lr" in options:
+        merged.setdefault("initial_lr", options["lr"])
+    return merged
+
+
+def stated_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What DeepSpeed's group says of its optimizer: no keys of DeepSpeed's own, numbers and text only."""
+    return {key: value for key, value in options.items() if key not in _FOREIGN and _is_plain(value)}
+
+
+def dropped_options(groups: Iterable[tuple[Mapping[str, Any], list[str]]]) -> str:
+    """The names of options that ``stated_options`` leaves out and that are not DeepSpeed's own."""
+    return ", ".join(
+        dict.fromkeys(
+            key
+            for options, _ in groups
+            for key, value in options.items()
+            if key not in _FOREIGN and not _is_plain(value)
+        )
+    )
+
+
 def group_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's options with every key of AdamW's; what is no plain number or text is left out."""
-    known = {key: value for key, value in options.items() if key not in _FOREIGN and _is_plain(value)}
-    merged = {**_DEFAULTS, **known}
-    merged.setdefault("initial_lr", merged["lr"])  # asked for by runs that have a scheduler
+    """The options of DeepSpeed's group with every key of AdamW's, where it is a group of an Adam."""
+    stated = stated_options(options)
+    merged = stated if "momentum" in stated else {**_DEFAULTS, **stated}
+    if "lr" in merged:
+        merged.setdefault("initial_lr", merged["lr"])  # asked for by runs that have a scheduler
     return merged
 
 
@@ -40,15 +67,15 @@ def _is_plain(value: Any) -> bool:
 
 
 def merged_groups(
-    groups: Sequence[tuple[Mapping[str, Any], list[str]]], order: Sequence[str], *, merge: bool
+    groups: Sequence[tuple[Mapping[str, Any], list[str]]], order: Sequence[str]
 ) -> list[tuple[dict[str, Any], list[str]]]:
-    """Groups for the target run. With ``merge`` those with equal options become one: DeepSpeed keeps
-    experts in groups of their own. Parameters are in the model's order."""
+    """DeepSpeed's groups for the target run. Those with equal options become one: DeepSpeed keeps experts
+    in groups of their own. Parameters are in the model's order."""
     place = {name: number for number, name in enumerate(order)}
     found: list[tuple[dict[str, Any], list[str]]] = []
     for options, names in groups:
         wanted = group_options(options)
-        known = next((have for given, have in found if given == wanted), None) if merge else None
+        known = next((have for given, have in found if given == wanted), None)
         if known is None:
             found.append((wanted, list(names)))
         else:

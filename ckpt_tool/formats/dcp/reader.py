@@ -8,6 +8,7 @@ beside it. Parameters in another precision, and those without optimizer state, a
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 
 from ckpt_tool.canonical import (
     MASTER,
+    NOT_COMPARED,
     STEP,
     WEIGHT,
     Checkpoint,
@@ -26,23 +28,27 @@ from ckpt_tool.canonical import (
     TensorName,
     TrainingState,
 )
-from ckpt_tool.containers.dcp_metadata import Path
+from ckpt_tool.containers.dcp_metadata import METADATA, Path, Stored
+from ckpt_tool.containers.pickle_records import Unread
 from ckpt_tool.containers.torch_zip import TorchArchive
-from ckpt_tool.errors import MismatchError, UnreadableError, UnsafePickleError, UsageError
+from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.families import Family, family_of
 from ckpt_tool.formats.dcp.beside import SCHEDULER_LEFT_OUT, Beside, find_beside
-from ckpt_tool.formats.dcp.contents import Held
+from ckpt_tool.formats.dcp.completeness import check_rows
+from ckpt_tool.formats.dcp.contents import Held, rank_of
 from ckpt_tool.formats.dcp.directories import TITAN_NAME, Found, read_directories
-from ckpt_tool.formats.dcp.experts import canonical, is_stacked, titan_expert
+from ckpt_tool.formats.dcp.experts import Naming, is_stacked, titan_expert
 from ckpt_tool.formats.dcp.keys import Scheme, Sorted
-from ckpt_tool.formats.dcp.titan import Fused, main_layers, take_apart
-from ckpt_tool.formats.dcp.topology import ep_size, layers_of, topology, world_size
+from ckpt_tool.formats.dcp.titan import Fused, take_apart
+from ckpt_tool.formats.dcp.topology import ep_size, layers_of, topology, unbroken, world_size
 from ckpt_tool.storage import Reader
 
 _BUFFER = re.compile(
     r".*(?:expert_bias(?:_E)?|e_score_correction_bias|inv_freq|running_mean|running_var|num_batches_tracked)"
 )
 _EMBEDDINGS = ("model.embed_tokens.weight", "tok_embeddings.weight")
+# What is to be said of entries that are neither a model's tensors nor an optimizer's.
+ONLY_HERE = f"{NOT_COMPARED} and carried only to a DCP checkpoint of the same framework:"
 _HEADS = ("lm_head.weight", "output.weight")
 
 
@@ -50,17 +56,19 @@ _HEADS = ("lm_head.weight", "output.weight")
 class Hint:
     """What the writer needs to write the like again: the keys, and each entry's chunks and file.
 
-    ``files`` are all .distcp files, those that hold nothing among them. ``fused`` are torchtitan's
-    parameters whose states are taken apart in the catalogue, and not in ``sorted``.
+    ``files`` are all .distcp files, those that hold nothing among them. ``names`` are those in the
+    catalogue of each parameter, ``archives`` where objects lie. ``fused`` are torchtitan's parameters whose
+    states are taken apart in the catalogue and in ``apart``, and not in ``sorted``.
     """
 
     scheme: Scheme
     entries: Mapping[str, Held]
     objects: Mapping[str, Any]
-    files_of_objects: Mapping[str, str]
+    archives: Mapping[str, Stored]
     paths: Mapping[str, Path]
     files: tuple[str, ...]
     sorted: Sorted
+    apart: Sorted
     names: Mapping[str, tuple[TensorName, ...]]
     fused: Mapping[str, Fused]
     beside: Beside
@@ -77,11 +85,18 @@ def read(reader: Reader, name: str) -> Checkpoint:
 def _config(reader: Reader) -> Mapping[str, Any] | None:
     if "config.json" not in reader.list():
         return None
+    return _json(reader, "config.json")
+
+
+def _json(reader: Reader, name: str) -> Mapping[str, Any]:
+    """A JSON object in a file; raises UnreadableError where it is none."""
     try:
-        config = json.loads(reader.read("config.json", 0, reader.size("config.json")))
+        value = json.loads(reader.read(name, 0, reader.size(name)))
     except ValueError as error:
-        raise UnreadableError(f"{reader.root}/config.json is not JSON ({error}).") from error
-    return config if isinstance(config, dict) else None
+        raise UnreadableError(f"{reader.root}/{name} is not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise UnreadableError(f"{reader.root}/{name} holds no JSON object.")
+    return value
 
 
 def _family(config: Mapping[str, Any] | None) -> tuple[Family | None, tuple[str, ...]]:
@@ -109,38 +124,42 @@ class _Catalogue:
     ) -> None:
         self._reader, self._found = reader, found
         self._entries, self._fused = take_apart(found.sorted, config, reader.root)
-        self._layers = main_layers(self._entries.model)
-        self._config, self._family, self._notes = config, family, list(notes)
+        self._naming = Naming(self._entries.model, family, config)
+        self._config, self._family, self._notes = config, family, [*notes, *found.contents.notes]
         self._beside = find_beside(reader)
         if note := self._beside.note():
             self._notes.append(note)
+        if kept := [*found.sorted.other_tensors, *found.sorted.model_objects]:
+            self._notes.append(f"{ONLY_HERE} {_listed(kept)}.")
         listed = {fqn for _, names in self._entries.groups for fqn in names}
         stateful = {fqn for fqn, _ in [*self._entries.states, *self._entries.scalars]}
-        self._trained = stateful or listed
+        self._trained, self._listed = stateful or listed, listed
+        self._files = self._distcp_files()
 
     def checkpoint(self, name: str) -> Checkpoint:
         model = self._entries.model
         aliases = self._tied()
-        named = canonical(
+        named = self._naming.canonical(
             {
                 fqn: self._model_tensor(fqn, held, aliases)
                 for fqn, held in model.items()
                 if fqn not in aliases
-            },
-            self._family,
-            self._layers,
+            }
         )
         names = named.names
+        self._check_stacks(names)
         tensors = self._with_states(named.tensors)
         parts = [part for held in [*model.values(), *self._entries.states.values()] for part in held.parts]
-        world = world_size([*(part.file for part in parts), *self._distcp_files()])
+        world = world_size([*(part.file for part in parts), *self._files])
+        self._check_beside(world)
+        self._check_shards(named.tensors)
         stacks = [held for fqn, held in model.items() if is_stacked(fqn, held.tensor.shape)]
         ep = ep_size(stacks, world) if stacks else None
         titan = any(titan_expert(fqn) or TITAN_NAME.fullmatch(fqn) for fqn in model)
         return Checkpoint(
             format=name,
             root=self._reader.root,
-            dialect="torchtitan" if titan else self._dialect(),
+            dialect="torchtitan" if titan else "hub" if self._naming.published else "transformers",
             tensors=tuple(tensors),
             files=tuple(self._found.contents.sources),
             topology=topology(world, ep),
@@ -153,10 +172,11 @@ class _Catalogue:
                 self._found.scheme,
                 self._found.contents.tensors,
                 self._found.contents.objects,
-                self._found.contents.files_of_objects,
+                self._found.contents.archives,
                 self._found.contents.paths,
-                self._distcp_files(),
+                self._files,
                 self._found.sorted,
+                self._entries,
                 names,
                 self._fused,
                 self._beside,
@@ -165,20 +185,38 @@ class _Catalogue:
         )
 
     def _distcp_files(self) -> tuple[str, ...]:
-        scheme = self._found.scheme
-        return tuple(
-            f"{directory}/{name}" if directory else name
-            for directory in dict.fromkeys((scheme.model_directory, scheme.optimizer_directory))
-            for name in self._reader.list(directory)
-            if name.endswith(".distcp")
-        )
+        """Those of this save: which hold something, or are of ranks without a gap from rank 0 on."""
+        scheme, contents = self._found.scheme, self._found.contents
+        held = {part.file for one in contents.tensors.values() for part in one.parts}
+        held |= {stored.file for stored in contents.archives.values()}
+        found: list[str] = []
+        for directory in dict.fromkeys((scheme.model_directory, scheme.optimizer_directory)):
+            names = [name for name in self._reader.list(directory) if name.endswith(".distcp")]
+            paths = [f"{directory}/{name}" if directory else name for name in names]
+            ranks = unbroken(paths)
+            found += [path for path in paths if path in held or rank_of(path) in ranks]
+            self._notes += [
+                f"{path} belongs to another save: {METADATA} does not name it, and it is of no rank that "
+                "this save has. It is left out."
+                for path in paths
+                if path not in found
+            ]
+        return tuple(found)
 
-    def _dialect(self) -> str:
-        family = self._family
-        for match in map(family.match, self._entries.model) if family else ():
-            if match is not None and match.expert is not None:
-                return "hub"
-        return "transformers"
+    def _check_beside(self, world: int | None) -> None:
+        saved = len(self._beside.extra_states)
+        if saved and world is not None and saved < world:
+            raise UnreadableError(
+                f"{self._reader.root}: {world} ranks saved the tensors and {saved} an extra_state. Copy "
+                "the directory whole, or take extra_state away to convert without."
+            )
+
+    def _check_shards(self, model: list[Tensor]) -> None:
+        if not self._found.scheme.shards or self._entries.has_optimizer:
+            return
+        note = check_rows(self._reader.root, model, self._family, self._config)
+        if note is not None:
+            self._notes.append(note)
 
     def _model_tensor(self, fqn: str, held: Held, aliases: Mapping[str, str]) -> Tensor:
         optimizer = self._entries.has_optimizer
@@ -186,7 +224,8 @@ class _Catalogue:
         if _BUFFER.fullmatch(fqn) or not held.tensor.dtype.is_float:
             role = Role.BUFFER
         else:
-            role = Role.FROZEN if optimizer and not trained else Role.PARAMETER
+            frozen = optimizer and not trained and fqn not in self._listed
+            role = Role.FROZEN if frozen else Role.PARAMETER
         master = trained and held.tensor.dtype is DType.float32
         copies = [
             region
@@ -221,6 +260,28 @@ class _Catalogue:
         seen = embedding in self._trained and equal
         return {head: embedding} if stated or seen else {}
 
+    def _check_stacks(self, names: Mapping[str, tuple[TensorName, ...]]) -> None:
+        """Experts with a tensor each are converted together: what the optimizer keeps of one, it must keep
+        of all."""
+        kept: dict[str, dict[str, float | None]] = {}
+        for fqn, state in self._entries.states:
+            kept.setdefault(fqn, {})[state] = None
+        for (fqn, state), scalar in self._entries.scalars.items():
+            kept.setdefault(fqn, {})[state] = scalar.value
+        group_of = {fqn: number for number, (_, fqns) in enumerate(self._entries.groups) for fqn in fqns}
+        first_of: dict[TensorName, str] = {}
+        for fqn, given in names.items():
+            first = first_of.setdefault(given[0], fqn)
+            ours, theirs = kept.get(fqn, {}), kept.get(first, {})
+            if ours != theirs or group_of.get(fqn) != group_of.get(first):
+                raise MismatchError(
+                    f"{self._reader.root}: {fqn} and {first} are experts of one layer, which are converted "
+                    f"together, and differ in their optimizer states ({_described(ours)} and "
+                    f"{_described(theirs)}) or parameter groups ({group_of.get(fqn)} and "
+                    f"{group_of.get(first)}). Without config.json in the directory each is a tensor of "
+                    "its own."
+                )
+
     def _with_states(self, model: list[Tensor]) -> list[Tensor]:
         """Each tensor of the model followed by its optimizer states."""
         kinds = dict.fromkeys(state for _, state in self._entries.states)
@@ -232,18 +293,24 @@ class _Catalogue:
                 if kind == state
             }
             for fqn, tensor in of_state.items():
-                self._check_shape(fqn, tensor)
-            for tensor in canonical(of_state, self._family, self._layers).tensors:
+                self._check_shape(tensor, self._entries.model[fqn].tensor.shape)
+            for tensor in self._naming.canonical(of_state).tensors:
                 states.setdefault(tensor.name, []).append(tensor)
-        ordered = [tensor for one in model for tensor in (one, *states.pop(one.name, ()))]
-        if states:
-            raise MismatchError(
-                f"{self._reader.root}: optimizer state of {next(iter(states))} has no parameter."
-            )
+        ordered = [tensor for one in model for tensor in (one, *states.get(one.name, ()))]
+        shapes = {tensor.name: tensor.shape for tensor in model}
+        for name, of_one in states.items():
+            if name not in shapes:
+                raise MismatchError(f"{self._reader.root}: optimizer state of {name} has no parameter.")
+            for tensor in of_one:
+                self._check_shape(tensor, shapes[name])
         return ordered
 
-    def _check_shape(self, fqn: str, state: Tensor) -> None:
-        shape = self._entries.model[fqn].tensor.shape
+    def _check_shape(self, state: Tensor, shape: tuple[int, ...]) -> None:
+        if math.prod(state.shape) == 1 != math.prod(shape):
+            raise UnreadableError(
+                f"{self._reader.root}: {state.label()} is one number, {state.dtype} {list(state.shape)}. "
+                "Of numbers only `step` is read, of fp32, fp64, int32 or int64 and without dimensions."
+            )
         if state.shape != shape:
             raise UnreadableError(
                 f"{self._reader.root}: {state.label()} has shape {list(state.shape)}, its parameter "
@@ -251,19 +318,19 @@ class _Catalogue:
             )
 
     def _scalars(self, names: Mapping[str, tuple[TensorName, ...]]) -> dict[tuple[TensorName, str], Scalar]:
-        found: dict[tuple[TensorName, str], Scalar] = {}
-        for (fqn, state), scalar in self._entries.scalars.items():
-            for name in names.get(fqn, (fqn,)):
-                known = found.setdefault((name, state), scalar)
-                if known != scalar:
-                    raise MismatchError(
-                        f"{self._reader.root}: {state} of {fqn} is {scalar.value}, of another expert of "
-                        f"the same layer {known.value}. Experts of one layer are converted together."
-                    )
-        return found
+        return {
+            (name, state): scalar
+            for (fqn, state), scalar in self._entries.scalars.items()
+            for name in names.get(fqn, (fqn,))
+        }
 
     def _training(self, names: Mapping[str, tuple[TensorName, ...]]) -> TrainingState:
-        others = nested(self._entries.others)
+        numbers = {
+            key: held.scalar.value
+            for key, held in self._entries.other_tensors.items()
+            if held.scalar is not None
+        }
+        others = nested({**numbers, **self._read_objects()})
         scheduler = next((others.pop(key) for key in ("lr_scheduler", "scheduler") if key in others), None)
         if scheduler is None:
             scheduler = self._saved_scheduler()
@@ -291,11 +358,20 @@ class _Catalogue:
         candidates = [state.get("step")] if isinstance(state, dict) else []
         candidates += [others.get("step"), others.get("global_step")]
         if "trainer_state.json" in self._reader.list():
-            data = self._reader.read("trainer_state.json", 0, self._reader.size("trainer_state.json"))
-            candidates.append(json.loads(data).get("global_step"))
+            candidates.append(_json(self._reader, "trainer_state.json").get("global_step"))
         steps = [scalar.value for (_, kind), scalar in self._entries.scalars.items() if kind == STEP]
         candidates += [int(max(steps))] if steps else []
         return next((step for step in candidates if isinstance(step, int)), None)
+
+    def _read_objects(self) -> dict[str, Any]:
+        """What other formats can be given of the objects."""
+        others = self._entries.others
+        unread = [key for key, value in others.items() if isinstance(value, Unread)]
+        if unread:
+            self._notes.append(
+                f"Only copied, to DCP, and not read (of tensors, or too large): {', '.join(unread)}."
+            )
+        return {key: value for key, value in others.items() if not isinstance(value, Unread)}
 
     def _saved_scheduler(self) -> Any:
         """accelerate and the Trainer save it beside, with torch.save."""
@@ -303,11 +379,20 @@ class _Catalogue:
             if name in self._reader.list():
                 try:
                     archive = TorchArchive(self._reader, name)
-                except UnsafePickleError as error:
+                except UnreadableError as error:  # unsafe, or in torch's older form
                     self._notes.append(f"{SCHEDULER_LEFT_OUT} {error}")
                     return None
                 return archive.describe(archive.root)
         return None
+
+
+def _listed(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 3 else ", ".join(names)
+
+
+def _described(kept: Mapping[str, float | None]) -> str:
+    found = [state if value is None else f"{state} {value}" for state, value in kept.items()]
+    return ", ".join(found) or "none"
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,28 +8,31 @@ rank 0's. Any other topology loads the directory as well; torch's loader cuts ch
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import posixpath
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ckpt_tool.canonical import WEIGHT, Checkpoint, DType, Role, Tensor
+from ckpt_tool.canonical import MASTER, WEIGHT, Checkpoint, DType, Role, Tensor
+from ckpt_tool.containers.dcp_metadata import Path
 from ckpt_tool.containers.torch_zip import torch_file
 from ckpt_tool.errors import UsageError
 from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.dcp.beside import ACCELERATE, SCHEDULERS, VEOMNI, WITHOUT, carry
+from ckpt_tool.formats.dcp.beside import ACCELERATE, SCHEDULERS, VEOMNI, WITHOUT, carried_config, carry
 from ckpt_tool.formats.dcp.experts import is_stacked
 from ckpt_tool.formats.dcp.files import (
     Item,
     Placement,
     dcp_directory,
+    object_or_archive,
     sharded_model,
 )
 from ckpt_tool.formats.dcp.grid import GridChunk, dense_grid, expert_grid
 from ckpt_tool.formats.dcp.keys import Scheme
 from ckpt_tool.formats.dcp.like import like_layout
 from ckpt_tool.formats.dcp.names import TITAN, Styled, dialect_of, styled
-from ckpt_tool.formats.dcp.options import merged_groups
-from ckpt_tool.formats.dcp.reader import Hint
+from ckpt_tool.formats.dcp.options import dropped_options, merged_groups, own_options
+from ckpt_tool.formats.dcp.reader import ONLY_HERE, Hint
 from ckpt_tool.formats.hf.writing import config_in, most_used
 from ckpt_tool.layout import Layout, LazyFiles, Maker, TargetFile, given, text_file
 
@@ -50,19 +53,19 @@ SCHEMES: Mapping[str, Scheme] = {
 
 def make_layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
     """The files of the target; raises UsageError where the options do not make sense together."""
-    _check_options(checkpoint, options)
+    _check_options(options)
     if options.like is not None:
         return like_layout(checkpoint, options)
     world, ep = _topology(checkpoint, options)
     scheme = _scheme(checkpoint, options, ep)
-    found = styled(checkpoint, dialect_of(_dialect_style(checkpoint, scheme)), options.config)
+    found = styled(checkpoint, _dialect(checkpoint, scheme, options), options.config)
     if options.weights_only:
-        _drop_optimizer(found)
+        _drop_optimizer(found, checkpoint)
     builder = _Builder(checkpoint, options, scheme, found, world, ep)
     return builder.layout()
 
 
-def _check_options(checkpoint: Checkpoint, options: TargetOptions) -> None:
+def _check_options(options: TargetOptions) -> None:
     if options.dtype is not None and not options.weights_only:
         raise UsageError(
             "FSDP2 trains from the fp32 parameters and casts them itself; --dtype applies to DCP only "
@@ -78,12 +81,6 @@ def _check_options(checkpoint: Checkpoint, options: TargetOptions) -> None:
             raise UsageError("--like says it all; leave out --world, --ep and --style.")
     if options.style is not None and options.style not in SCHEMES:
         raise UsageError(f"--style {options.style!r} is not one of {', '.join(SCHEMES)}.")
-    if checkpoint.dialect == "hub" and not options.weights_only and _has_optimizer(checkpoint):
-        raise UsageError("A checkpoint with published names and optimizer state cannot be written as DCP.")
-
-
-def _has_optimizer(checkpoint: Checkpoint) -> bool:
-    return any(tensor.state != WEIGHT for tensor in checkpoint.tensors)
 
 
 def _scheme(checkpoint: Checkpoint, options: TargetOptions, ep: int) -> Scheme:
@@ -96,18 +93,30 @@ def _scheme(checkpoint: Checkpoint, options: TargetOptions, ep: int) -> Scheme:
     return replace(scheme, flat=ep > 1) if scheme.style == VEOMNI else scheme
 
 
-def _dialect_style(checkpoint: Checkpoint, scheme: Scheme) -> str:
-    """A plain save of a torchtitan model keeps its names."""
+def _dialect(checkpoint: Checkpoint, scheme: Scheme, options: TargetOptions) -> str:
+    """Whose names the target has. A DCP source keeps its own where the framework stays the same, and in
+    a plain save of a torchtitan model."""
+    hint = checkpoint.layout_hint
+    if isinstance(hint, Hint) and hint.scheme.style == scheme.style:
+        return checkpoint.dialect
     if scheme.style == "plain" and checkpoint.dialect == TITAN:
         return TITAN
-    return scheme.style
+    if checkpoint.dialect == "hub" and not options.weights_only and _has_optimizer(checkpoint):
+        raise UsageError(
+            f"The source has a tensor for each expert, and optimizer state of each, which --style "
+            f"{scheme.style} would name anew. Leave out --style, or add --weights-only."
+        )
+    return dialect_of(scheme.style)
 
 
-def _drop_optimizer(found: Styled) -> None:
-    for name, state in list(found.tensors):
-        if state != WEIGHT:
-            tensor = found.tensors.pop((name, state))
-            found.left_out[tensor.label()] = "--weights-only"
+def _has_optimizer(checkpoint: Checkpoint) -> bool:
+    return any(tensor.state not in (WEIGHT, MASTER) for tensor in checkpoint.tensors)
+
+
+def _drop_optimizer(found: Styled, checkpoint: Checkpoint) -> None:
+    found.tensors = {key: tensor for key, tensor in found.tensors.items() if key[1] == WEIGHT}
+    states = (tensor for tensor in checkpoint.tensors if tensor.state not in (WEIGHT, MASTER))
+    found.left_out |= {tensor.label(): "--weights-only" for tensor in states}
     found.scalars.clear()
     found.groups.clear()
 
@@ -136,6 +145,10 @@ class _Builder:
         ep: int,
     ) -> None:
         self._checkpoint, self._options, self._scheme, self._found = checkpoint, options, scheme, found
+        hint = checkpoint.layout_hint
+        self._hint = hint if isinstance(hint, Hint) else None
+        self._names_kept = _dialect(checkpoint, scheme, options) == checkpoint.dialect
+        self._own = self._hint is not None and self._hint.scheme.style == scheme.style
         self._world, self._ep = world, ep
         self._files: list[Maker] = []
         self._metadata: list[Maker] = []
@@ -145,6 +158,8 @@ class _Builder:
 
     def layout(self) -> Layout:
         self._files += map(given, self._beside())
+        if self._names_kept and not self._scheme.shards:
+            self._files += map(given, carried_config(self._checkpoint))
         self._notes += self._found.notes
         if self._checkpoint.training.scheduler is not None and not isinstance(
             self._checkpoint.layout_hint, Hint
@@ -153,8 +168,11 @@ class _Builder:
                 "The scheduler's state is left out: it belongs to another engine's scheduler. The groups "
                 "carry the learning rate of the last step; start yours at this step."
             )
-        model, others = self._model_items(), self._other_items()
         scheme = self._scheme
+        model, others = self._model_items(), self._other_items()
+        for directory, item in self._items_beside():
+            apart = directory == scheme.model_directory and not scheme.shards
+            (model if apart else others).append(item)
         if scheme.shards:
             self._files += sharded_model(model, map(self._shard, range(self._world)))
             if others:
@@ -191,7 +209,7 @@ class _Builder:
                 tensors[alias] = tensors[name]  # FSDP2 saves tied weights under both names
         items = []
         for name, tensor in tensors.items():
-            key, path = (name, (name,)) if scheme.shards else scheme.model_key(name)
+            key, path = (name, (name,)) if scheme.shards else self._kept(scheme.model_key(name))
             items.append(self._item(key, path, name, tensor, scheme.model_directory, self._dtype(tensor)))
         for name, zeros in found.zeros.items():
             place = Placement(rank_file(scheme.model_directory, 0), (0,) * len(zeros.shape), zeros.shape)
@@ -212,15 +230,21 @@ class _Builder:
         items = []
         for (name, state), tensor in found.tensors.items():
             if state != WEIGHT:
-                key, path = scheme.state_key(name, state)
+                key, path = self._kept(scheme.state_key(name, state))
                 items.append(self._item(key, path, name, tensor, directory, None))
         first = rank_file(directory, 0)
         for (name, state), scalar in found.scalars.items():
-            key, path = scheme.state_key(name, state)
-            items.append(Item(key, path, scalar, (Placement(first, (), ()),)))
-        for key, path, value in [*self._group_entries(), *self._objects()]:
+            key, path = self._kept(scheme.state_key(name, state))
+            value = scalar if scalar.dtype is not None else scalar.value
             items.append(Item(key, path, value, (Placement(first, (), ()),)))
+        for key, path, value in self._group_entries():
+            items.append(Item(*self._kept((key, path)), value, (Placement(first, (), ()),)))
         return items
+
+    def _kept(self, entry: tuple[str, Path]) -> tuple[str, Path]:
+        """A key with the path that the source has for it: a dot in it may be part of a name."""
+        key, path = entry
+        return key, (self._hint.paths.get(key, path) if self._hint else path)
 
     def _item(
         self,
@@ -266,26 +290,83 @@ class _Builder:
 
     def _group_entries(self) -> Iterable[tuple[str, tuple[str | int, ...], Any]]:
         scheme = self._scheme
-        own = isinstance(self._checkpoint.layout_hint, Hint)
-        order = [name for name, _ in self._found.model()]
-        groups = merged_groups(self._found.groups, order, merge=not own)
-        for number, (options, names) in enumerate(groups):
+        for number, (options, names) in enumerate(self._groups()):
             if scheme.flat:
                 for name in names:
                     for option, value in options.items():
-                        yield (*scheme.group_key(name, option), value)
+                        yield self._option(name, option, value, number, name)
                 continue
             for option, value in options.items():
-                yield (*scheme.group_key(number, option), value)
+                yield self._option(number, option, value, number, names[0] if names else "")
             yield (*scheme.group_key(number, "params"), names)
 
-    def _objects(self) -> list[tuple[str, tuple[str | int, ...], Any]]:
+    def _groups(self) -> list[tuple[dict[str, Any], list[str]]]:
+        """Those of a DCP source as they are; DeepSpeed's as torch's optimizers have them."""
+        found = self._found
+        if self._hint is not None:
+            asked = not self._own
+            return [(own_options(options, scheduled=asked), names) for options, names in found.groups]
+        if dropped := dropped_options(found.groups):
+            self._notes.append(
+                f"Options of parameter groups that are left out, as no plain numbers or text: {dropped}."
+            )
+        return merged_groups(found.groups, [name for name, _ in found.model()])
+
+    def _option(
+        self, group: int | str, option: str, value: Any, number: int, name: str
+    ) -> tuple[str, tuple[str | int, ...], Any]:
+        """An option in the form (a number, or a tensor of one) that it has in a DCP source."""
+        hint = self._hint
+        if hint is not None:
+            source = hint.scheme.group_key(name if hint.scheme.flat else number, option)[0]
+            held = hint.entries.get(source)
+            if held is not None and held.scalar is not None:
+                value = held.scalar
+        return (*self._scheme.group_key(group, option), value)
+
+    def _items_beside(self) -> Iterator[tuple[str, Item]]:
+        """What is neither parameters nor optimizer, with the directory it belongs to."""
+        scheme = self._scheme
+        for key, value in self._objects().items():
+            known = self._hint.archives.get(key) if self._hint and self._own else None
+            directory = scheme.optimizer_directory if known is None else posixpath.dirname(known.file)
+            yield directory, self._whole(key, tuple(key.split(".", 1)), value, directory)
+        if self._hint is None:
+            return
+        kept, others = self._hint.sorted, self._hint.sorted.other_tensors
+        if self._own and not scheme.shards:
+            directory = scheme.model_directory
+            for name, value in kept.model_objects.items():
+                own = object_or_archive(value, self._hint.archives[self._hint.scheme.model_key(name)[0]])
+                yield directory, self._whole(*scheme.model_key(name), own, directory)
+        else:
+            self._leave_out(kept.model_objects, "an object of a module, of another framework")
+        if self._options.weights_only or not self._own:
+            self._leave_out(others, "neither the model's nor its optimizer's")
+        else:
+            for key, held in others.items():
+                files = [part.file for part in held.parts]
+                directory = posixpath.dirname(files[0]) if files else scheme.optimizer_directory
+                path = self._kept((key, (key,)))[1]
+                yield directory, self._item(key, path, key, held.tensor, directory, None)
+        if self._own and not self._found.left_out:
+            self._notes = [note for note in self._notes if not note.startswith(ONLY_HERE)]
+
+    def _leave_out(self, entries: Iterable[str], why: str) -> None:
+        self._found.left_out |= dict.fromkeys(entries, why)
+
+    def _whole(self, key: str, path: Path, value: Any, directory: str) -> Item:
+        return Item(*self._kept((key, path)), value, (Placement(rank_file(directory, 0), (), ()),))
+
+    def _objects(self) -> dict[str, Any]:
         """A DCP source's own objects; for torchtitan the counters it insists on."""
-        hint, training = self._checkpoint.layout_hint, self._checkpoint.training
+        hint, training = self._hint, self._checkpoint.training
+        if self._options.weights_only:
+            return {}
         objects: dict[str, Any] = {}
-        if isinstance(hint, Hint) and not self._options.weights_only:
+        if hint is not None:
             objects = {
-                key: value
+                key: object_or_archive(value, hint.archives[key])
                 for key, value in hint.sorted.others.items()
                 if not key.startswith("dataloader") or self._world == self._checkpoint.topology.world_size
             }
@@ -294,14 +375,22 @@ class _Builder:
                     "The dataloader's state is left out: it belongs to another number of ranks. For "
                     "torchtitan, load with --checkpoint.exclude_from_loading dataloader."
                 )
-        if self._scheme.style == TITAN and not self._options.weights_only and training.step is not None:
-            objects.setdefault("train_state.step", training.step)
-            if "train_state.ntokens_seen" not in objects:
-                objects["train_state.ntokens_seen"] = 0
-                self._notes.append("train_state.ntokens_seen is not known and starts from 0.")
-            if not any(key.startswith("lr_scheduler") for key in objects):
-                objects["lr_scheduler.last_epoch"] = training.step
-        return [(key, tuple(key.split(".", 1)), value) for key, value in objects.items()]
+        if self._scheme.style == TITAN and training.step is not None:
+            tensors = hint.sorted.other_tensors if hint is not None and self._own else {}
+            self._add_counters(objects, training.step, tensors)
+        return objects
+
+    def _add_counters(self, objects: dict[str, Any], step: int, tensors: Container[str]) -> None:
+        """What torchtitan wants, where ``tensors`` are not it already."""
+        if "train_state.step" not in tensors:
+            objects.setdefault("train_state.step", step)
+        if "train_state.ntokens_seen" not in objects and "train_state.ntokens_seen" not in tensors:
+            objects["train_state.ntokens_seen"] = 0
+            self._notes.append("train_state.ntokens_seen is not known and starts from 0.")
+        if not any(key.startswith("lr_scheduler") for key in objects) and (
+            "lr_scheduler.last_epoch" not in tensors
+        ):
+            objects["lr_scheduler.last_epoch"] = step
 
     def _beside(self) -> list[TargetFile]:
         """What the framework wants beside the tensors."""

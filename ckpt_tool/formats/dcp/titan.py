@@ -73,15 +73,32 @@ class _Part:
 def key_value_heads(
     parts: tuple[str, str, str], shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any] | None
 ) -> int | None:
-    """By the size of a head, which the norm of the queries has where there is one (qwen3); else by a
-    ``config.json``."""
-    attention = parts[0].rsplit(".", 3)[0]
-    norm = shapes.get(f"{attention}.q_norm.weight")
-    rows = shapes[parts[1]][0]
-    if norm is not None and len(norm) == 1 and norm[0] and rows % norm[0] == 0:
-        return rows // norm[0]
+    """By a ``config.json``; else by the size of a head, which the norm of the queries may have (qwen3).
+
+    Raises:
+        MismatchError: the two contradict each other.
+    """
+    seen = _heads_by_norm(parts, shapes)
     stated = text_config(config or {}).get("num_key_value_heads")
-    return stated if type(stated) is int and stated > 0 else None
+    if type(stated) is not int or stated < 1:
+        return seen
+    if seen not in (None, stated):
+        raise MismatchError(
+            f"config.json has num_key_value_heads {stated}, but by its norms {parts[1]} has {seen} heads. "
+            "Give the config.json of the model that was trained."
+        )
+    return stated
+
+
+def _heads_by_norm(parts: tuple[str, str, str], shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Norms of single heads divide the rows of queries and keys; a norm of all heads says nothing."""
+    attention = parts[0].rsplit(".", 3)[0]
+    norms = {shapes.get(f"{attention}.{kind}_norm.weight") for kind in "qk"} - {None}
+    queries, keys = shapes[parts[0]][0], shapes[parts[1]][0]
+    sizes = [norm[0] for norm in norms if norm is not None and len(norm) == 1 and norm[0]]
+    if len(norms) != 1 or len(sizes) != 1 or sizes[0] >= queries:
+        return None
+    return keys // sizes[0] if queries % sizes[0] == 0 and keys % sizes[0] == 0 else None
 
 
 def take_apart(
@@ -94,7 +111,8 @@ def take_apart(
     """
     shapes = {name: held.tensor.shape for name, held in entries.model.items()}
     fused: dict[str, Fused] = {}
-    for name in dict.fromkeys(fqn for fqn, _ in [*entries.states, *entries.scalars]):
+    listed = [name for _, names in entries.groups for name in names]
+    for name in dict.fromkeys([*(fqn for fqn, _ in [*entries.states, *entries.scalars]), *listed]):
         parts = fused_parts(name, entries.model)
         if parts is None:
             continue

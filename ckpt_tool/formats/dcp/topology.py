@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 from ckpt_tool.canonical import ExpertName, MoELayer, Tensor, TensorName, Topology
@@ -9,12 +10,23 @@ from ckpt_tool.formats.dcp.contents import Held, Part, rank_of
 from ckpt_tool.formats.dcp.experts import titan_expert
 from ckpt_tool.formats.dcp.grid import expert_grid
 
+_BLOCK = re.compile(r".*?\.\d+\.\w+")
+
 
 def world_size(files: Iterable[str]) -> int | None:
     """One more than the highest rank in the files' names; ranks that hold nothing write a file, too."""
     ranks = [rank_of(file) for file in files]
     known = [rank for rank in ranks if rank is not None]
     return max(known) + 1 if known and len(known) == len(ranks) else None
+
+
+def unbroken(files: Iterable[str]) -> range:
+    """The ranks in files' names from 0 on, up to the first that is missing."""
+    ranks = {rank_of(file) for file in files}
+    count = 0
+    while count in ranks:
+        count += 1
+    return range(count)
 
 
 def ep_size(stacks: Iterable[Held], world: int | None) -> int | None:
@@ -69,11 +81,17 @@ def layers_of(
             holders = tuple(tuple(range(rank * size, (rank + 1) * size)) for rank in range(ep))
         elif len(held[key].tensor.shape) == 3:
             holders = _holders(held[key].parts)
-        module = (
-            key[: key.index(".moe.") + len(".moe")] if titan_expert(key) else key[: key.index(".experts")]
-        )
-        found[tensor.name.layer_path] = MoELayer(tensor.name.layer_path, module, count, holders)
+        found[tensor.name.layer_path] = MoELayer(tensor.name.layer_path, _module(key), count, holders)
     return tuple(found.values())
+
+
+def _module(key: str) -> str:
+    """The MoE block that a tensor of experts is in: what has ``experts``, else what is right in a layer."""
+    if titan_expert(key):
+        return key[: key.index(".moe.") + len(".moe")]
+    block, experts, _ = key.partition(".experts")
+    match = None if experts else _BLOCK.match(key)
+    return match[0] if match else block
 
 
 def _holders(parts: Iterable[Part]) -> tuple[tuple[int, ...], ...]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_tool.errors import UsageError
+from ckpt_tool.formats.hf.quantised import QUANTISATION_KEYS
 
 
 def state_dict_names(config: Mapping[str, Any]) -> tuple[list[str], set[str]]:
@@ -53,7 +54,7 @@ def _answer(config: dict[str, Any]) -> dict[str, Any]:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         return {"missing": True}
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    plain = {key: value for key, value in config.items() if key not in QUANTISATION_KEYS}
     try:
         with torch.device("meta"):
             build: Any = AutoModelForCausalLM.from_config

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ckpt_tool.canonical import DType, Encoding, Region, Tensor
+from ckpt_tool.canonical import DType, Encoding, ExpertName, Region, Tensor
 from ckpt_tool.containers.decoded import MXFP4_BLOCK, fp8_path, mxfp4_path
 from ckpt_tool.errors import UnreadableError, UsageError
 from ckpt_tool.families import text_config
 
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+_SCALE_DTYPES = frozenset({DType.float32, DType.bfloat16, DType.float16, DType.float8_e8m0fnu})
 _FLOAT8 = (DType.float8_e4m3fn, DType.float8_e5m2)
 # What the scale of a weight is called (transformers 5.20, quantizers/quantizer_finegrained_fp8.py).
 _SCALES = ("{name}_scale_inv", "{base}.weight_scale_inv", "{base}.scale", "{base}.qscale_weight")
@@ -27,10 +29,18 @@ def scheme_of(config: Mapping[str, Any] | None) -> str | None:
     """The quantisation a config.json names: ``fp8``, ``mxfp4``, another; None where it is not quantised."""
     if config is None:
         return None
-    found = config.get("quantization_config") or text_config(config).get("quantization_config")
-    if not isinstance(found, Mapping):
-        return None
-    return str(found.get("quant_method", "unknown"))
+    found = _described(config)
+    return None if found is None else str(found.get("quant_method", "unknown"))
+
+
+def _described(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a config says of its quantisation, under either of the names that transformers reads."""
+    for part in (config, text_config(config)):
+        for key in QUANTISATION_KEYS:
+            found = part.get(key)
+            if isinstance(found, Mapping) and found:
+                return found
+    return None
 
 
 def decoded(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> dict[str, Tensor]:
@@ -54,6 +64,11 @@ def decoded(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> 
 def refuse_unreadable(tensors: tuple[Tensor, ...]) -> None:
     """Raises UsageError where a tensor's values cannot be read."""
     for tensor in tensors:
+        if isinstance(tensor.name, ExpertName) and tensor.encoding is None and not tensor.dtype.is_float:
+            raise UsageError(
+                f"{tensor.name} is {tensor.dtype}, so it is quantised in a way that config.json does not "
+                "describe. Convert a release that is not quantised, or one whose config.json is its own."
+            )
         if tensor.encoding is not None and not tensor.encoding.stored:
             raise UsageError(
                 f"{tensor.name} is quantised as {tensor.encoding.scheme}, which ckpt-tool does not decode; "
@@ -68,8 +83,7 @@ def _unreadable(tensor: Tensor, scheme: str) -> Tensor:
 
 
 def _block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    found = config.get("quantization_config") or text_config(config).get("quantization_config") or {}
-    match found.get("weight_block_size"):
+    match (_described(config) or {}).get("weight_block_size"):
         case [int(rows), int(columns)] if rows > 0 and columns > 0:
             return rows, columns
     return None
@@ -108,30 +122,42 @@ def _is_fp8(tensor: Tensor) -> bool:
 
 
 def _is_weight(tensor: Tensor) -> bool:
-    return len(tensor.shape) > 1 and tensor.dtype.itemsize == 1
+    return len(tensor.shape) > 1 and (tensor.dtype in _FLOAT8 or tensor.dtype is DType.int8)
 
 
 def _fp8_values(
     weight: Tensor, scale: Tensor, more: tuple[Tensor, ...], block: tuple[int, int] | None
 ) -> Tensor:
-    rows, columns = weight.shape[-2:]
-    matrices = math.prod(weight.shape[:-2])
-    if scale.numel == matrices:
-        block = (rows, columns)
-    elif block is None and scale.numel == matrices * rows:
-        block = (1, columns)
-    if block is None or scale.numel != matrices * -(-rows // block[0]) * -(-columns // block[1]):
+    found = _scaled_block(weight.shape, scale.shape, block)
+    if found is None or scale.dtype not in _SCALE_DTYPES:
         raise UnreadableError(
-            f"{weight.name} has shape {list(weight.shape)}, its scale {scale.name} {list(scale.shape)}; "
-            f"with weight_block_size {list(block) if block else 'not stated'} in config.json they do "
-            "not belong together."
+            f"{weight.name} has shape {list(weight.shape)}, its scale {scale.name} is {scale.dtype} "
+            f"{list(scale.shape)}; with weight_block_size {list(block) if block else 'not stated'} in "
+            "config.json they do not belong together."
         )
+    block = found
     return replace(
         weight,
         dtype=DType.float32,
         regions=(Region(0, weight.numel, fp8_path(weight, scale, block), 0),),
         encoding=Encoding(f"fp8 {block[0]}x{block[1]}", (weight, scale, *more)),
     )
+
+
+def _scaled_block(
+    weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """The rows and columns that one element of a scale is for; None where the shapes do not fit."""
+    if len(weight) < 2:
+        return None
+    *lead, rows, columns = weight
+    whole = [(*lead,), (*lead, 1, 1)] + [(), (1,)] * (math.prod(lead) == 1)
+    if scale in whole:
+        return rows, columns
+    if block is None:
+        return (1, columns) if scale in [(*lead, rows), (*lead, rows, 1)] else None
+    fits = scale == (*lead, -(-rows // block[0]), -(-columns // block[1]))
+    return block if fits else None
 
 
 # ---- MXFP4

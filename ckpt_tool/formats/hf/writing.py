@@ -11,10 +11,11 @@ from ckpt_tool.containers.safetensors import safetensors_file
 from ckpt_tool.errors import UsageError
 from ckpt_tool.families import FUSED_FORM, HUB_FORM, Family, family_of
 from ckpt_tool.families.agreement import check_config
+from ckpt_tool.families.forms import compiled
 from ckpt_tool.families.naming import Entry, entries, to_hub
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.hf.files import INDEX, SINGLE
-from ckpt_tool.formats.hf.quantised import refuse_unreadable
+from ckpt_tool.formats.hf.quantised import QUANTISATION_KEYS, refuse_unreadable
 from ckpt_tool.layout import Layout, Literal, Slot, TargetFile, text_file
 
 _NO_STATE = "a model file holds no optimizer state"
@@ -49,7 +50,7 @@ def layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
     files.append(text_file("config.json", json.dumps(new_config, indent=2) + "\n"))
     for name, data in options.extra_files.items():
         files.append(TargetFile(name, len(data), (Literal(0, data),) if data else ()))
-    notes += _kept_precision(slots, options.dtype)
+    notes += _kept_precision(slots, family, options.dtype)
     used = {id(tensor) for tensor in values}
     states = [tensor for tensor in published.tensors if id(tensor) not in used]
     left_out = {tensor.label(): _NO_STATE for tensor in states}
@@ -84,6 +85,17 @@ def _encoded_slots(values: Sequence[Tensor], family: Family, style: str) -> list
             "The model is quantised and is to be kept so, which the fused form cannot. Ask for a dtype "
             "(--dtype bf16), or for the hub form."
         )
+    fused = sorted(
+        str(stored.name)
+        for tensor in values
+        for stored in (tensor.encoding.stored if tensor.encoding else ())
+        if _is_in_memory_form(str(stored.name), family)
+    )
+    if fused:
+        raise UsageError(
+            f"The model is quantised and is to be kept so, and its files have transformers' own names "
+            f"({fused[0]}), which are not published ones. Ask for a dtype (--dtype bf16)."
+        )
     slots: list[Named] = []
     seen: set[int] = set()
     for tensor in values:
@@ -101,8 +113,19 @@ def _encoded_slots(values: Sequence[Tensor], family: Family, style: str) -> list
     return slots
 
 
-def _kept_precision(slots: Iterable[Named], dtype: DType | None) -> list[str]:
-    kept = sorted({name for name, slot in slots if dtype and slot.dtype is not dtype})
+def _is_in_memory_form(name: str, family: Family) -> bool:
+    """Whether a name is one in transformers' memory, and none in published files."""
+    return family.published(name, "transformers") not in (None, name) or any(
+        compiled(stored.pattern).match(name)
+        and stored.pattern not in {other.pattern for other in (*family.hub, *family.also)}
+        for stored in family.fused
+    )
+
+
+def _kept_precision(slots: Iterable[Named], family: Family, dtype: DType | None) -> list[str]:
+    kept = sorted(
+        {name for name, slot in slots if dtype and slot.dtype is not dtype and family.keeps_fp32(name)}
+    )
     return [f"Kept in their own precision, which routing needs: {', '.join(kept)}."] if kept else []
 
 
@@ -160,9 +183,10 @@ def config_in(config: Mapping[str, Any], dtype: DType) -> tuple[dict[str, Any], 
     new: dict[str, Any] = json.loads(json.dumps(config))
     notes = []
     parts = _with_nested(new)
-    dropped = [part.pop("quantization_config", None) for part in parts]
-    if any(found is not None for found in dropped):
-        notes.append("quantization_config is dropped from config.json: the weights are not quantised.")
+    for key in QUANTISATION_KEYS:
+        dropped = [part.pop(key, None) for part in parts]
+        if any(found is not None for found in dropped):
+            notes.append(f"{key} is dropped from config.json: the weights are not quantised.")
     for part in parts:
         for key in ("dtype", "torch_dtype"):
             if key in part or part is new:
