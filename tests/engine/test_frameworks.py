@@ -23,10 +23,11 @@ from tests.formats.dcp_tools import assert_equal_to_oracle, oracle, read
 
 pytestmark = pytest.mark.engine
 
+# transformers does not load to a device mesh without accelerate
 ENVIRONMENTS = {
-    "accelerate==1.15.0": ("accelerate", "trainer"),
-    "transformers==5.23.0": ("transformers",),
-    "veomni==0.1.12": ("veomni",),
+    ("accelerate==1.15.0",): ("accelerate", "trainer"),
+    ("transformers==5.23.0", "accelerate==1.15.0"): ("transformers",),
+    ("veomni==0.1.12",): ("veomni",),
 }
 TIED = {"tie_word_embeddings": True}
 
@@ -77,8 +78,8 @@ LOADED: dict[str, tuple[str, dict[str, Any], FrameworkSpec]] = {
 def run_all(specs: dict[str, FrameworkSpec]) -> None:
     """Two interpreters at once, for most of the time each imports."""
     jobs = [
-        (python_with(requirement), [spec for spec in specs.values() if spec.framework in frameworks])
-        for requirement, frameworks in ENVIRONMENTS.items()
+        (python_with(*requirements), [spec for spec in specs.values() if spec.framework in frameworks])
+        for requirements, frameworks in ENVIRONMENTS.items()
     ]
     with ThreadPoolExecutor(max_workers=2) as pool:
         for done in [pool.submit(run_each, ours, python=python) for python, ours in jobs]:
