@@ -226,12 +226,29 @@ def _import_engine(specs: Sequence[RunSpec]) -> None:
         raise SystemExit(f"AutoEP does not run with transformers {transformers.__version__}")
     # Shared-memory all-reduce serves inference only; without it no compiler and no /dev/shm file.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _wait_for_every_gather(deepspeed)
     if any(spec.dtype == "fp16" for spec in specs):
         # refused without native fp16, yet torch computes it on any CPU
         deepspeed.get_accelerator().is_fp16_supported = lambda: True
     # transformers imports lazily: do it here once, not in every rank.
     for spec in specs:
         getattr(transformers, f"{MODELS[spec.family]}ForCausalLM")
+
+
+def _wait_for_every_gather(deepspeed: Any) -> None:
+    """Before 0.19.8, ``Init._allgather_params_coalesced`` (runtime/zero/partition_parameters.py) launches
+    one gather per parameter and waits for the last alone. One CUDA stream ends them in order; gloo runs
+    each group's in threads of their own, and the first forward now and then met weights not yet there
+    (NaN)."""
+    launch = deepspeed.comm.all_gather_into_tensor
+
+    def launch_and_wait(*arguments: Any, **options: Any) -> Any:
+        handle = launch(*arguments, **options)
+        if handle is not None:
+            handle.wait()
+        return handle
+
+    deepspeed.comm.all_gather_into_tensor = launch_and_wait
 
 
 # ---------------------------------------------------------------------------------------------
