@@ -1,15 +1,17 @@
 """Carry out a plan on this machine: a few threads, each with its own two buffers.
 
-The work is ordered by target file. A worker takes one extent, reads it tile by tile from wherever its
-elements lie, casts if asked, checksums, and writes it in place. Whoever finishes a file's last extent
-seals the file: CRCs into their slots, literals written, data made durable.
+Each worker has a target file of its own while there is one, and then helps with another's. It takes one
+extent, reads it tile by tile from wherever its elements lie, casts if asked, checksums, and writes it in
+place. Whoever finishes a file's last extent seals the file: CRCs into their slots, literals written, data
+made durable.
 """
 
 from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -48,11 +50,13 @@ class WrittenFile(NamedTuple):
 
 @dataclass
 class _OpenFile:
-    """A file in the making. ``left`` counts the extents still to be written."""
+    """A file in the making. ``left`` counts the units still to be written; a file without tensors has one
+    of None, so that somebody seals it."""
 
     target: TargetFile
     pieces: list[list[Piece]]
     blocks: list[int]
+    units: deque[Extent | None]
     left: int
     crcs: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     written: list[WrittenExtent] = field(default_factory=list)
@@ -78,10 +82,11 @@ def execute(
     Raises:
         CkptToolError: the first failure of any worker; files not finished by then are removed.
     """
-    run = _Run(source, sink, meter, on_file)
     files = (file for file in plan.files if not skip(file))
+    run = _Run(source, sink, meter, on_file, files)
+    workers = iter(range(budget.workers))
     try:
-        in_parallel(run.units(files), lambda: _Tile(budget), run.one, budget.workers, run.stop)
+        in_parallel(workers, lambda: _Tile(budget), run.work, budget.workers, run.stop)
     finally:
         sink.close()
 
@@ -95,35 +100,50 @@ class _Run:
         sink: Writer,
         meter: Meter,
         on_file: Callable[[WrittenFile], None],
+        files: Iterator[TargetFile],
     ) -> None:
         self._source: Reader = DecodingReader(source)
         self._sink, self._meter, self._on_file = sink, meter, on_file
+        self._files = files
+        self._open: dict[int, _OpenFile] = {}  # by worker
         self._lock = threading.Lock()
         self.stop = threading.Event()
 
-    def units(self, files: Iterable[TargetFile]) -> Iterator[tuple[_OpenFile, Extent | None]]:
-        """All units of work; opens each file as its first unit is handed out."""
-        for target in files:
-            self._sink.create(target.path, target.size)
-            found = [copies(fill) for fill in target.fills]
-            blocks = [block_numel(fill.tensor, p) for fill, p in zip(target.fills, found, strict=True)]
-            units = list(extents(target, EXTENT_BYTES, blocks))
-            opened = _OpenFile(target, found, blocks, max(1, len(units)))
-            if not units:
-                yield opened, None
-            for unit in units:
-                yield opened, unit
+    def work(self, tile: _Tile, worker: int) -> None:
+        """Write units until none is left; whoever writes a file's last one seals it."""
+        while not self.stop.is_set():
+            with self._lock:
+                file = self._file_for(worker)
+                unit = file.units.popleft() if file else None
+            if file is None:
+                return
+            if unit is not None and not self._fill(tile, file, unit):
+                return
+            with self._lock:
+                file.left -= 1
+                last = file.left == 0
+            if last:
+                self._seal(file)
 
-    def one(self, tile: _Tile, item: tuple[_OpenFile, Extent | None]) -> None:
-        """Write one unit; whoever writes a file's last one seals it."""
-        file, unit = item
-        if unit is not None and not self._fill(tile, file, unit):
-            return
-        with self._lock:
-            file.left -= 1
-            last = file.left == 0
-        if last:
-            self._seal(file)
+    def _file_for(self, worker: int) -> _OpenFile | None:
+        """The worker's own file, the next one, or when there is none the other with the most units left:
+        writers of one file wait for each other inside the kernel."""
+        own = self._open.get(worker)
+        if own and own.units:
+            return own
+        target = next(self._files, None)
+        if target is not None:
+            self._open[worker] = self._begin(target)
+            return self._open[worker]
+        busiest = max(self._open.values(), key=lambda file: len(file.units), default=None)
+        return busiest if busiest and busiest.units else None
+
+    def _begin(self, target: TargetFile) -> _OpenFile:
+        self._sink.create(target.path, target.size)
+        found = [copies(fill) for fill in target.fills]
+        blocks = [block_numel(fill.tensor, p) for fill, p in zip(target.fills, found, strict=True)]
+        units = deque[Extent | None](extents(target, EXTENT_BYTES, blocks)) or deque([None])
+        return _OpenFile(target, found, blocks, units, len(units))
 
     def _fill(self, tile: _Tile, file: _OpenFile, unit: Extent) -> bool:
         """Write one extent; False where the run was stopped on the way."""

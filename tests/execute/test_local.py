@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -471,6 +472,47 @@ def test_a_failing_cast_stops_the_run_cleanly(tmp_path: Path) -> None:
 
 
 # ---- threads
+
+
+class Met(LocalWriter):
+    """The first write of each of two threads waits for the other's."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, fsync=False)
+        self.meeting = threading.Barrier(2)
+        self.first: dict[int, str] = {}
+
+    def write(self, path: str, offset: int, data: memoryview | bytes) -> None:
+        if threading.get_ident() not in self.first:
+            self.first[threading.get_ident()] = path
+            self.meeting.wait(20)
+        super().write(path, offset, data)
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_workers_write_files_of_their_own_and_then_help_each_other(files: int, tmp_path: Path) -> None:
+    """Two that write one file wait for each other inside the kernel."""
+    numel = 2 * EXTENT_BYTES
+    with (tmp_path / "source").open("wb") as source:
+        source.truncate(numel)
+    tensors = [
+        Tensor(str(number), "weight", (numel,), DType.uint8, (Region(0, numel, "source", 0),))
+        for number in range(files)
+    ]
+    layout = Layout(tuple(torch_file(f"{t.name}.pt", {"t": t}) for t in tensors), tuple(tensors))
+    sink = Met(tmp_path / "out")
+    with contextlib.closing(LocalReader(tmp_path)) as reader:
+        execute(
+            make_plan(layout),
+            reader,
+            sink,
+            Budget(2, 1 << 20),
+            meter=Silent(),
+            skip=lambda file: False,
+            on_file=lambda file: None,
+        )
+    assert len(sink.first) == 2
+    assert set(sink.first.values()) == {f"{number}.pt" for number in range(files)}
 
 
 def test_all_items_are_done_once() -> None:
