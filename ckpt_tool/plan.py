@@ -154,20 +154,22 @@ def _check_tiling(file: TargetFile) -> None:
 
 
 class Extent(NamedTuple):
-    """A unit of work: elements ``start .. start + numel`` (counted within the fill) of one fill."""
+    """A unit of work: elements ``start .. start + numel`` (counted within the fill) of one fill, where all
+    elements of that fill lie, and how many of them are best loaded together."""
 
     fill: int
     start: int
     numel: int
+    pieces: list[Piece]
+    block: int
 
 
-def extents(file: TargetFile, max_bytes: int, blocks: Sequence[int]) -> Iterator[Extent]:
-    """Cut a file's fills into units of at most ``max_bytes`` of the target, or of one block.
-
-    Args:
-        blocks: for each fill, the elements that are best loaded together (``geometry.block_numel``).
-    """
-    for index, (fill, block) in enumerate(zip(file.fills, blocks, strict=True)):
+def extents(file: TargetFile, max_bytes: int) -> Iterator[Extent]:
+    """Cut a file's fills into units of at most ``max_bytes`` of the target, or of one block
+    (``geometry.block_numel``). Fill by fill, as they are asked for: a large file has many."""
+    for index, fill in enumerate(file.fills):
+        found = copies(fill)
+        block = block_numel(fill.tensor, found)
         most = max(block, max_bytes // fill.dtype.itemsize)
         for start, numel in cut(fill.start, fill.numel, most, block):
-            yield Extent(index, start - fill.start, numel)
+            yield Extent(index, start - fill.start, numel, found, block)

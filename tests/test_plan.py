@@ -11,6 +11,7 @@ from ckpt_tool.canonical import DType, Region, Tensor, contiguous
 from ckpt_tool.errors import CkptToolError, CoverageError
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.deepspeed.universal import Universal
+from ckpt_tool.geometry import Axis, take
 from ckpt_tool.layout import Fill, Layout, Literal, TargetFile, text_file
 from ckpt_tool.plan import copies, extents, make_plan
 from tests.conftest import ZERO3, checkpoint_of
@@ -148,24 +149,28 @@ def test_casts_are_reported() -> None:
 def test_extents_cut_fills_without_gap_or_overlap(limit: int) -> None:
     w = tensor("w", (9,))
     target = file(fill(w, 0, 0, 5), fill(w, 20, 5, 4))
-    found = list(extents(target, limit, [1, 1]))
+    found = list(extents(target, limit))
     assert [
-        (number, element) for number, start, numel in found for element in range(start, start + numel)
+        (extent.fill, element)
+        for extent in found
+        for element in range(extent.start, extent.start + extent.numel)
     ] == [(0, e) for e in range(5)] + [(1, e) for e in range(4)]
     assert all(extent.numel * 4 <= max(4, limit) for extent in found)
+    assert all(extent.pieces == copies(target.fills[extent.fill]) for extent in found)
 
 
 def test_extents_keep_blocks_together_where_they_fit() -> None:
     """Blocks are counted from the start of the tensor, a fill may begin within one."""
-    w = tensor("w", (30,))
-    target = file(fill(w, 0, 4, 22))
+    turned = take(tensor("w", (5, 3, 2)), [Axis(0, 0, 5), Axis(2, 0, 2), Axis(1, 0, 3)])
+    target = file(fill(turned, 0, 4, 22))
     for limit, expected in (
-        (14 * 4, [(4, 6), (10, 10), (20, 6)]),  # two blocks of 5 at once
-        (5 * 4, [(4, 1), (5, 5), (10, 5), (15, 5), (20, 5), (25, 1)]),
-        (4 * 4, [(4, 1), (5, 5), (10, 5), (15, 5), (20, 5), (25, 1)]),  # a block is never cut
+        (14 * 4, [(4, 8), (12, 12), (24, 2)]),  # two blocks of 6 at once
+        (6 * 4, [(4, 2), (6, 6), (12, 6), (18, 6), (24, 2)]),
+        (5 * 4, [(4, 2), (6, 6), (12, 6), (18, 6), (24, 2)]),  # a block is never cut
     ):
-        found = [(4 + start, numel) for _, start, numel in extents(target, limit, [5])]
-        assert found == expected
+        found = list(extents(target, limit))
+        assert [(4 + extent.start, extent.numel) for extent in found] == expected
+        assert {extent.block for extent in found} == {6}
 
 
 @pytest.mark.parametrize("name", ZERO3)

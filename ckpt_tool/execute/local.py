@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -26,9 +25,9 @@ from ckpt_tool.execute.casts import cast, refuse_overflow
 from ckpt_tool.execute.gather import gather
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.execute.threads import in_parallel
-from ckpt_tool.geometry import Piece, block_numel, cut
+from ckpt_tool.geometry import Piece, cut
 from ckpt_tool.layout import CrcSlot, Fill, Literal, TargetFile
-from ckpt_tool.plan import Extent, Plan, copies, extents
+from ckpt_tool.plan import Extent, Plan, extents
 from ckpt_tool.storage import Reader, Writer
 
 EXTENT_BYTES = 32 * MIB
@@ -50,16 +49,22 @@ class WrittenFile(NamedTuple):
 
 @dataclass
 class _OpenFile:
-    """A file in the making. ``left`` counts the units still to be written; a file without tensors has one
-    of None, so that somebody seals it."""
+    """A file in the making. ``ahead`` counts the elements not yet handed out, ``writing`` the extents that
+    are being written."""
 
     target: TargetFile
-    pieces: list[list[Piece]]
-    blocks: list[int]
-    units: deque[Extent | None]
-    left: int
+    extents: Iterator[Extent]
+    ahead: int
+    writing: int = 0
     crcs: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     written: list[WrittenExtent] = field(default_factory=list)
+
+    def next(self) -> Extent | None:
+        unit = next(self.extents, None)
+        if unit is not None:
+            self.ahead -= unit.numel
+            self.writing += 1
+        return unit
 
 
 def execute(
@@ -110,50 +115,47 @@ class _Run:
         self.stop = threading.Event()
 
     def work(self, tile: _Tile, worker: int) -> None:
-        """Write units until none is left; whoever writes a file's last one seals it."""
+        """Write extents until none is left; whoever writes a file's last one seals it."""
         while not self.stop.is_set():
             with self._lock:
-                file = self._file_for(worker)
-                unit = file.units.popleft() if file else None
+                file, unit = self._next(worker)
             if file is None:
                 return
             if unit is not None and not self._fill(tile, file, unit):
                 return
             with self._lock:
-                file.left -= 1
-                last = file.left == 0
+                file.writing -= unit is not None
+                last = not file.ahead and not file.writing
             if last:
                 self._seal(file)
 
-    def _file_for(self, worker: int) -> _OpenFile | None:
-        """The worker's own file, the next one, or when there is none the other with the most units left:
-        writers of one file wait for each other inside the kernel."""
+    def _next(self, worker: int) -> tuple[_OpenFile | None, Extent | None]:
+        """An extent of the worker's own file, of the next one, or when there is none of another worker's:
+        two that write one file wait for each other inside the kernel. No extent where a file has none, no
+        file where there is no more to do."""
         own = self._open.get(worker)
-        if own and own.units:
-            return own
+        if own and (unit := own.next()):
+            return own, unit
         target = next(self._files, None)
         if target is not None:
-            self._open[worker] = self._begin(target)
-            return self._open[worker]
-        busiest = max(self._open.values(), key=lambda file: len(file.units), default=None)
-        return busiest if busiest and busiest.units else None
-
-    def _begin(self, target: TargetFile) -> _OpenFile:
-        self._sink.create(target.path, target.size)
-        found = [copies(fill) for fill in target.fills]
-        blocks = [block_numel(fill.tensor, p) for fill, p in zip(target.fills, found, strict=True)]
-        units = deque[Extent | None](extents(target, EXTENT_BYTES, blocks)) or deque([None])
-        return _OpenFile(target, found, blocks, units, len(units))
+            self._sink.create(target.path, target.size)
+            numel = sum(fill.numel for fill in target.fills)
+            own = self._open[worker] = _OpenFile(target, extents(target, EXTENT_BYTES), numel)
+            return own, own.next()
+        for file in sorted(self._open.values(), key=lambda file: -file.ahead):
+            if unit := file.next():
+                return file, unit
+        return None, None
 
     def _fill(self, tile: _Tile, file: _OpenFile, unit: Extent) -> bool:
         """Write one extent; False where the run was stopped on the way."""
         fill = file.target.fills[unit.fill]
         itemsize = fill.dtype.itemsize
         crc, digest = 0, xxhash.xxh3_64()
-        for start, numel in tile.steps(fill, unit, file.blocks[unit.fill]):
+        for start, numel in tile.steps(fill, unit):
             if self.stop.is_set():
                 return False
-            data = tile.load(self._source, file.pieces[unit.fill], fill, start, numel)
+            data = tile.load(self._source, unit.pieces, fill, start, numel)
             if file.target.crc_slots:
                 crc = isal_zlib.crc32(data, crc)
             digest.update(data)
@@ -215,17 +217,13 @@ class _Tile:
         self._read = memoryview(bytearray(self._size))
         self._second = memoryview(bytearray(0))
 
-    def steps(self, fill: Fill, unit: Extent, block: int) -> Iterator[tuple[int, int]]:
-        """Cut an extent into (start, numel) that fit the buffers on both sides of a cast.
-
-        Args:
-            block: the elements that are best loaded together.
-        """
+    def steps(self, fill: Fill, unit: Extent) -> Iterator[tuple[int, int]]:
+        """Cut an extent into (start, numel) that fit the buffers on both sides of a cast."""
         itemsize = max(fill.dtype.itemsize, fill.tensor.dtype.itemsize)
-        if block > 1:
-            self._grow(self._budget.tile_for(block * itemsize))
+        if unit.block > 1:
+            self._grow(self._budget.tile_for(unit.block * itemsize))
         most = self._size // itemsize
-        for start, numel in cut(fill.start + unit.start, unit.numel, most, block):
+        for start, numel in cut(fill.start + unit.start, unit.numel, most, unit.block):
             yield start - fill.start, numel
 
     def _grow(self, size: int) -> None:
