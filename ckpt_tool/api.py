@@ -92,7 +92,7 @@ def convert(
     source: PathLike,
     target: PathLike,
     *,
-    to: str,
+    to: str | None,
     ep: int | None = None,
     world: int | None = None,
     like: PathLike | None = None,
@@ -111,7 +111,7 @@ def convert(
     """Write the checkpoint at ``source`` in another format into the new directory ``target``.
 
     Args:
-        to: a target of ``formats.registry``: ``universal``, ``zero3``, ``hf``, ...
+        to: a target of ``formats.registry``: ``universal``, ``zero3``, ``hf``, ...; None: the source's.
         ep, world: the target's expert-parallel size and number of ranks; by default the source's.
         like: a checkpoint that the target run saved itself; its layout is filled with the source's values.
         style: a dialect of DCP: torchtitan, accelerate, plain or transformers.
@@ -130,19 +130,21 @@ def convert(
         CkptToolError: see the message; nothing is left under the target's name.
     """
     how = how or Execution()
-    if to not in TARGETS:
+    if to is not None and to not in TARGETS:
         raise UsageError(f"--to {to!r} is not a target; choose from {', '.join(sorted(TARGETS))}.")
     given = {
         "--ep": ep, "--world": world, "--like": like, "--style": style, "--hf-layout": hf_layout,
         "--weights-only": weights_only, "--ds-config": ds_config, "--keep-groups": keep_groups,
         "--max-shard-size": max_shard_bytes != DEFAULT_SHARD_BYTES,
     }  # fmt: skip
-    useless = sorted(name for name, value in given.items() if value and name not in _TAKES[to])
-    if useless:
-        raise UsageError(f"{', '.join(useless)}: --to {to} has no use for it. Leave it out.")
+    if to is not None:
+        _refuse_useless(to, given)
     budget = how.budget()
     reader, checkpoint = open_checkpoint(Path(source))
     try:
+        if to is None:
+            to = _own_target(checkpoint)
+            _refuse_useless(to, given)
         seen = {file.path: reader.signature(file.path) for file in checkpoint.files}
         model_config, extra = find_config(Path(source), config)
         published = to == "hf" and checkpoint.format == TARGETS["hf"].name
@@ -218,17 +220,10 @@ def reshard(
     Raises:
         UsageError: the format has no ranks to re-shard for, or the sizes do not divide.
     """
-    found = open(source).format
-    to = next((name for name, known in TARGETS.items() if known.name == found), None)
-    if to is None or to in _WITHOUT_RANKS:
-        raise UsageError(
-            f"{source} is {found}, which has no ranks or is not written; `ckpt-tool convert --to` writes "
-            f"another format: {', '.join(sorted(set(TARGETS) - _WITHOUT_RANKS))}."
-        )
     return convert(
         source,
         target,
-        to=to,
+        to=None,
         ep=ep,
         world=world,
         like=like,
@@ -264,6 +259,22 @@ def consolidate(
         dry_run=dry_run,
         how=how,
     )
+
+
+def _own_target(checkpoint: Checkpoint) -> str:
+    to = next((name for name, known in TARGETS.items() if known.name == checkpoint.format), None)
+    if to is None or to in _WITHOUT_RANKS:
+        raise UsageError(
+            f"{checkpoint.root} is {checkpoint.format}, which has no ranks or is not written; `ckpt-tool "
+            f"convert --to` writes another format: {', '.join(sorted(set(TARGETS) - _WITHOUT_RANKS))}."
+        )
+    return to
+
+
+def _refuse_useless(to: str, given: Mapping[str, object]) -> None:
+    useless = sorted(name for name, value in given.items() if value and name not in _TAKES[to])
+    if useless:
+        raise UsageError(f"{', '.join(useless)}: --to {to} has no use for it. Leave it out.")
 
 
 def find_copied_experts(

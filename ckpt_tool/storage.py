@@ -11,16 +11,22 @@ import errno
 import os
 import shutil
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ckpt_tool.errors import ExecutionError, UnreadableError
 
 _MAX_OPEN_FILES = 128
 # One write of 8 MiB was measured at several times the kernel time of eight of 1 MiB (Linux 6.18, ext4).
 _LARGEST_WRITE = 1 << 20
+_READS_AT_ONCE = 8
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Reader(Protocol):
@@ -228,6 +234,23 @@ class LocalWriter:
                 "free some space, or choose another destination, and run the command again."
             )
         return ExecutionError(f"{self._root / path}: writing failed: {error}")
+
+
+def read_each(one: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """``one`` of every item, in their order, where each is a few small reads.
+
+    Several at a time where they are waited for: on network storage each costs a round trip. What comes
+    from the page cache is read three times as fast by one thread, which shares the interpreter with none.
+    """
+    wanted, found, batch = list(items), list[Result](), 1
+    while len(found) < len(wanted):
+        wall, cpu = time.perf_counter(), time.thread_time()
+        found += map(one, wanted[len(found) : len(found) + batch])
+        if time.perf_counter() - wall > 2 * (time.thread_time() - cpu):
+            break
+        batch = min(2 * batch, 64)
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        return found + list(pool.map(one, wanted[len(found) :]))
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -33,12 +32,11 @@ from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import CoverageError, MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.scalars import scalar_state
 from ckpt_tool.geometry import Axis, check_disjoint, pieces, take
-from ckpt_tool.storage import Reader
+from ckpt_tool.storage import Reader, read_each
 
 _RANK_FILE = re.compile(r"(?:.*/)?__(\d+)_\d+\.distcp$")
 _SHARD_FILE = re.compile(r"(?:.*/)?shard-(\d+)-model-\d+-of-\d+\.safetensors$")
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata$")
-_THREADS = 8
 # The largest pickle of an object that is read: the names of a model with an entry for each of its experts
 # take some MiB. What is larger is copied as it lies there, or refused where its value is needed.
 _LARGEST_OBJECT = 16 << 20
@@ -47,9 +45,6 @@ _NUMBERS = (DType.float32, DType.float64, DType.int64, DType.int32)
 
 # Older torchtitan pickled its train_state as BytesIO objects (torchtitan/train.py before 2025).
 _OBJECTS = pickles.stand_ins({"_io": "BytesIO"})
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Part(NamedTuple):
@@ -268,7 +263,7 @@ def _open_all(reader: Reader, metadata: Metadata, copies: Iterable[_Copy]) -> di
             crc = archive.storage_crc(record)
         return _Opened(record, archive.where, fingerprint, offset, crc, scalar)
 
-    opened = in_threads(open_one, wanted)
+    opened = read_each(open_one, wanted)
     return {stored: one for (_, stored), one in zip(wanted, opened, strict=True)}
 
 
@@ -289,12 +284,6 @@ def _digest(archive: TorchArchive) -> str | int:
     if isinstance(archive.root, Unread):
         return archive.record_crc("data.pkl")
     return archive.digest(archive.root)
-
-
-def in_threads(one: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Small reads in parallel: on network storage each costs a round trip."""
-    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        return list(pool.map(one, items))
 
 
 def _held(reader: Reader, key: str, entry: TensorEntry, opened: Mapping[Stored, _Opened]) -> Held:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from ckpt_tool.canonical import WEIGHT, Box, Region, Tensor
 from ckpt_tool.containers.safetensors import SafetensorsFile
 from ckpt_tool.errors import UnreadableError
-from ckpt_tool.formats.dcp.contents import Contents, Held, Part, check_coverage, in_threads, placed
+from ckpt_tool.formats.dcp.contents import Contents, Held, Part, check_coverage, placed
 from ckpt_tool.geometry import row_major
-from ckpt_tool.storage import Reader
+from ckpt_tool.storage import Reader, read_each
 
 SHARD = re.compile(r"shard-(?P<shard>\d+)-model-(?P<file>\d+)-of-(?P<files>\d+)\.safetensors$")
 SHARDING_INFO = "DCP_SHARDING_INFO"
@@ -48,7 +48,7 @@ def read_shards(reader: Reader, directory: str) -> Contents:
     prefix = f"{directory}/" if directory else ""
     names = [name for name in reader.list(directory) if SHARD.match(name)]
     _check_numbers(names, f"{reader.root}/{prefix}")
-    files = in_threads(lambda name: SafetensorsFile(reader, prefix + name, state=WEIGHT), names)
+    files = read_each(lambda name: SafetensorsFile(reader, prefix + name, state=WEIGHT), names)
     parts: dict[str, list[_Piece]] = {}
     for file in files:
         offsets = _saved_offsets(file, f"{reader.root}/{file.source.path}")

@@ -13,7 +13,6 @@ import math
 import re
 from array import array
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import (
@@ -34,7 +33,7 @@ from ckpt_tool.formats.deepspeed.model_file import COPY_AGAIN, ModelFile, Shape
 from ckpt_tool.formats.deepspeed.names import PROJECTION_OF, parse_expert
 from ckpt_tool.formats.deepspeed.partition import PartitionRegions, consecutive, expert_holders
 from ckpt_tool.geometry import Cut, CutRegions
-from ckpt_tool.storage import Reader
+from ckpt_tool.storage import Reader, read_each
 
 _FILE = re.compile(r"layer_(-?\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt$")
 _FIELDS = (
@@ -276,12 +275,9 @@ class Experts:
                 f"{self._reader.root}/{listed[extra[0]]} belongs to no layer or expert that {self._where} "
                 "describes: left over from another run. Remove it."
             )
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            archives = list(
-                pool.map(
-                    lambda item: _ExpertFile(self._reader, listed[item[0], item[1]], *item[1:]), wanted
-                )
-            )
+        archives = read_each(
+            lambda item: _ExpertFile(self._reader, listed[item[0], item[1]], *item[1:]), wanted
+        )
         self.sources = [archive.source for archive in archives]
         for prefix, entry in self.layers.items():
             own = [

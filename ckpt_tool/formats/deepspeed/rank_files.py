@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,7 @@ from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.formats.deepspeed.file_names import MODEL, OPTIMIZER, files_by_rank, require_all
 from ckpt_tool.formats.deepspeed.scalars import scalar_state
-from ckpt_tool.storage import Reader
+from ckpt_tool.storage import Reader, read_each
 
 # Keys the engine itself puts into a model_states file; all others are the user's client_state.
 ENGINE_KEYS = frozenset(
@@ -138,11 +137,9 @@ def read_ranks(reader: Reader, names: list[tuple[str, str]]) -> list[RankFiles]:
     collecting = gc.isenabled()
     gc.disable()  # millions of small objects are made and none of them in cycles
     try:
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            items = enumerate(names)
-            return list(
-                pool.map(lambda item: _read_rank(reader, item[0], item[1][0], item[1][1], shared), items)
-            )
+        return read_each(
+            lambda item: _read_rank(reader, item[0], item[1][0], item[1][1], shared), enumerate(names)
+        )
     finally:
         if collecting:
             gc.enable()

@@ -12,7 +12,6 @@ import math
 import re
 from array import array
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,7 +38,7 @@ from ckpt_tool.formats.deepspeed.names import parse_expert
 from ckpt_tool.formats.deepspeed.partition import PartitionRegions, partition_size
 from ckpt_tool.formats.deepspeed.rank_files import ENGINE_KEYS
 from ckpt_tool.formats.deepspeed.scalars import scalar_state
-from ckpt_tool.storage import Reader
+from ckpt_tool.storage import Reader, read_each
 
 FORMAT = "deepspeed-universal"
 # Stages 1 and 2 look for the first of these, stage 3 for the second; every rank opens the same one.
@@ -217,8 +216,7 @@ def _parameters(reader: Reader, about: _About) -> list[_Parameter]:
         (name for name in present if name not in about.aliases),
         key=lambda name: (position.get(name, len(position)), name),
     )
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return list(pool.map(lambda name: _Parameter(reader, name, about), names))
+    return read_each(lambda name: _Parameter(reader, name, about), names)
 
 
 class _Parameter:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from ckpt_tool.formats.deepspeed.flat_groups import Fragments
 from ckpt_tool.formats.deepspeed.model_file import COPY_AGAIN
 from ckpt_tool.formats.deepspeed.rank_files import FlatState
 from ckpt_tool.formats.deepspeed.scalars import scalar_state
-from ckpt_tool.storage import Reader
+from ckpt_tool.storage import Reader, read_each
 
 _LOSS_SCALE = ("loss_scaler", "dynamic_loss_scale", "overflow")
 
@@ -71,8 +70,7 @@ def optim_file_names(reader: Reader) -> list[str]:
 
 def read_optim_files(reader: Reader, names: Sequence[str]) -> list[OptimFile]:
     """Read the metadata of all ranks, several files at a time."""
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return list(pool.map(lambda item: _read(reader, *item), enumerate(names)))
+    return read_each(lambda item: _read(reader, *item), enumerate(names))
 
 
 def _read(reader: Reader, rank: int, name: str) -> OptimFile:
