@@ -245,9 +245,9 @@ class Work:
 
 WORK = (
     Work("bf16 to fp32", "qwen3_moe", 4, ("consolidate",)),
-    Work("bf16 to ZeRO-3", "qwen3_moe", 6, ("convert", "--to", "zero3"), zero3_target=True),
+    Work("bf16 to ZeRO-3", "qwen3_moe", 4, ("convert", "--to", "zero3"), zero3_target=True),
     Work(
-        "ZeRO-3 to bf16", "qwen3_moe", 6, ("consolidate", "--dtype", "bf16"),
+        "ZeRO-3 to bf16", "qwen3_moe", 4, ("consolidate", "--dtype", "bf16"),
         zero3_source=True, copies_target=False,
     ),
     Work(
@@ -300,7 +300,7 @@ def rows(place: Place, chosen: Iterable[Work], pairs: int) -> Iterator[list[str]
         source = prepare(work, place)
         result, ours, copy = (place.out(name) for name in ("result", "tool", "cp"))
         measure(command(work, place, source, result), env=ENV)
-        read = size(place.home / "hub") if not work.zero3_source else size(source) / 3
+        read = size(source)
         larger = result if work.copies_target else source
         jobs = [
             Job("tool", command(work, place, source, ours), [ours]),

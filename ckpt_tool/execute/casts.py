@@ -14,7 +14,7 @@ from ckpt_tool.errors import ExecutionError
 
 _BF16_NAN = 0x7FC0
 _BLOCK = 1 << 16  # elements
-_CACHED = 1 << 14  # elements
+_ROUNDED = 1 << 17  # elements
 
 
 def cast(data: memoryview, source: DType, out: memoryview, target: DType) -> None:
@@ -78,15 +78,16 @@ def _through_float32(data: memoryview, source: DType, out: memoryview, target: D
 def _to_bfloat16(data: memoryview, out: memoryview) -> None:
     """Add half a unit in the last place, less one where the upper half is even, and take the upper half.
 
-    In blocks small enough for the processor's cache; their scratch space is 64 KiB.
+    Smaller blocks were measured at a third of the speed with two threads, which hand the interpreter over
+    at every step. The scratch space of a block is 512 KiB.
     """
     import numpy as np
 
     bits, result = np.frombuffer(data, np.uint32), np.frombuffer(out, np.uint16)
-    scratch = np.empty(min(_CACHED, bits.size), np.uint32)
-    for start in range(0, bits.size, _CACHED):
-        block = bits[start : start + _CACHED]
-        rounded, target = scratch[: block.size], result[start : start + _CACHED]
+    scratch = np.empty(min(_ROUNDED, bits.size), np.uint32)
+    for start in range(0, bits.size, _ROUNDED):
+        block = bits[start : start + _ROUNDED]
+        rounded, target = scratch[: block.size], result[start : start + _ROUNDED]
         np.right_shift(block, 16, out=rounded)
         np.bitwise_and(rounded, 1, out=rounded)
         np.add(rounded, block, out=rounded)

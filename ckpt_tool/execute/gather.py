@@ -11,7 +11,9 @@ from ckpt_tool.canonical import Box, Region, Tensor
 from ckpt_tool.geometry import Piece, clip, row_major
 from ckpt_tool.storage import Reader
 
-_BLOCK = 64  # elements of each of the two dimensions of a transposition
+# Of a transposition: elements that are adjacent in the target (a line or less of the processor's cache),
+# and in the source. Square blocks lose their lines to each other where rows are a power of two apart.
+_ACROSS, _ALONG = 16, 1024
 
 
 def gather(
@@ -102,10 +104,10 @@ def _copy(target: Any, source: Any) -> None:
         target[...] = source
         return
     index = [slice(None)] * rank
-    for row in range(0, target.shape[along[0]], _BLOCK):
-        index[along[0]] = slice(row, row + _BLOCK)
-        for column in range(0, target.shape[along[1]], _BLOCK):
-            index[along[1]] = slice(column, column + _BLOCK)
+    for row in range(0, target.shape[along[0]], _ACROSS):
+        index[along[0]] = slice(row, row + _ACROSS)
+        for column in range(0, target.shape[along[1]], _ALONG):
+            index[along[1]] = slice(column, column + _ALONG)
             target[tuple(index)] = source[tuple(index)]
 
 
