@@ -328,7 +328,7 @@ def _with_experts(checkpoint: Checkpoint, source: Path, config: PathLike | None)
     found, _ = find_config(source, config)
     if found is None or checkpoint.moe_layers:
         return checkpoint
-    return to_hub(checkpoint, family_of(found))
+    return to_hub(checkpoint, family_of(found), found)
 
 
 def _verify_one(path: Path, budget: Budget, how: Execution) -> Verdict:
@@ -382,7 +382,7 @@ def _under_module_names(
             "run's. Pass --config with the model's config.json, which tells the family."
         )
     family = family_of(config)
-    published = to_hub(checkpoint, family)
+    published = to_hub(checkpoint, family, config)
     check_config(published, family, config)
     refuse_composite(published, config)
     return to_autoep(published, family)

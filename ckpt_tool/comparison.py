@@ -128,7 +128,7 @@ def _same_names(
             "config.json. Pass it with --config."
         )
     family = family_of(found)
-    return to_hub(a, family), to_hub(b, family)
+    return to_hub(a, family, found), to_hub(b, family, found)
 
 
 def _named_by_one(a: Checkpoint, b: Checkpoint) -> bool:

@@ -25,7 +25,7 @@ else:
     import tomli as tomllib
 
 from ckpt_tool.canonical import GATE
-from ckpt_tool.errors import UsageError
+from ckpt_tool.errors import UnreadableError, UsageError
 from ckpt_tool.families.forms import Stored, compiled, parse_stored
 
 __all__ = ["Family", "families", "families_rows", "family_of", "stated", "text_config"]
@@ -38,11 +38,12 @@ _TEXT_CONFIGS = ("text_config", "thinker_config", "llm_config", "language_config
 
 class Match(NamedTuple):
     """What a stored name may stand for: its possible layouts, the layer's path as named, the expert's id
-    (None for a stack of all)."""
+    (None for a stack of all), and the number that stands in the name."""
 
     layouts: tuple[Stored, ...]
     layer_path: str
     expert: int | None
+    number: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,17 @@ class Family:
     ``also`` what else occurs in files. ``autoep``, ``transformers`` and ``torchtitan`` are the renames
     from the names of those module trees to published ones; ``prefixes`` those of module paths, from
     transformers' to published. ``parts`` maps a dense tensor in memory to the published tensors that
-    are concatenated in it. ``misnamed`` are names that transformers' ``save_pretrained`` gives and no
-    published file has. ``config`` maps ``experts``, ``expert_size``, ``hidden_size``, ``layers``,
+    are concatenated in it, ``joined`` a published one to those in memory that are concatenated in it, and
+    ``transposed`` a matrix in memory to the published one that is its transpose. ``misnamed`` are names
+    that transformers' ``save_pretrained`` gives and no published file has. ``config`` maps ``experts``,
+    ``expert_size``, ``vision_expert_size`` (of a second stack in each layer), ``hidden_size``, ``layers``,
     ``extra_experts`` and ``expert_hidden_size`` (the model's, unless it says otherwise) to the fields
     that state them, the hub's name first. ``autoep_alias`` says that AutoEP keeps the router reachable
     as ``gate``, too. ``apart`` are the beginnings of names of other models in the same files, whose
-    experts stay as they are. ``rows`` says of which config fields' product the rows of a dense tensor
-    are. ``autoep_wrong`` is the reason why AutoEP's checkpoints of this family cannot be used.
+    experts stay as they are. ``untranslated`` are patterns of published names of tensors that
+    transformers has in memory under names that no rename here tells. ``rows`` says of which config
+    fields' product the rows of a dense tensor are. ``autoep_wrong`` is the reason why AutoEP's
+    checkpoints of this family cannot be used.
 
     What renames cannot say of torchtitan: ``torchtitan_buffers`` are patterns of its own names, of buffers
     its MoE layers always have; they begin as zeros where the source has none, and are left out where no
@@ -78,6 +83,8 @@ class Family:
     keep_fp32: tuple[str, ...] = ()
     prefixes: Mapping[str, str] = field(default_factory=dict)
     parts: Mapping[str, list[str]] = field(default_factory=dict)
+    joined: Mapping[str, list[str]] = field(default_factory=dict)
+    transposed: Mapping[str, str] = field(default_factory=dict)
     autoep: Mapping[str, str] = field(default_factory=dict)
     transformers: Mapping[str, str] = field(default_factory=dict)
     torchtitan: Mapping[str, str] = field(default_factory=dict)
@@ -87,6 +94,7 @@ class Family:
     torchtitan_fused_qkv: bool = False
     misnamed: Mapping[str, str] = field(default_factory=dict)
     apart: tuple[str, ...] = ()
+    untranslated: tuple[str, ...] = ()
     rows: Mapping[str, str] = field(default_factory=dict)
     autoep_wrong: str = ""
     autoep_alias: bool = False
@@ -106,8 +114,15 @@ class Family:
         found: dict[str, Mapping[str, str]] = {"autoep": self.autoep, "torchtitan": self.torchtitan}
         return found.get(dialect, self.transformers)
 
-    def match(self, name: str) -> Match | None:
-        """The layouts that a stored name may stand for, over all forms that occur in files."""
+    def match(self, name: str, sizes: Mapping[str, int]) -> Match | None:
+        """The layouts that a stored name may stand for, over all forms that occur in files.
+
+        Args:
+            sizes: of ``sizes()``; E tells a layer's second stack of experts from its first.
+
+        Raises:
+            UnreadableError: the layer has two stacks, and ``sizes`` has no E.
+        """
         if name.startswith(self.apart):
             return None
         for tail, layouts in _by_tail(self):
@@ -116,8 +131,23 @@ class Family:
                     found = compiled(pattern).fullmatch(name)
                     if found is not None:
                         expert = found.groupdict().get("expert")
-                        return Match(candidates, found["layer"], None if expert is None else int(expert))
+                        number = None if expert is None else int(expert)
+                        return self._of_stack(candidates, found["layer"], number, sizes)
         return None
+
+    def _of_stack(
+        self, layouts: tuple[Stored, ...], path: str, number: int | None, sizes: Mapping[str, int]
+    ) -> Match:
+        if number is None or not any(stored.after for stored in layouts):
+            return Match(layouts, path, number, number)
+        if "E" not in sizes:
+            raise UnreadableError(
+                f"The family {self.name} numbers two kinds of experts as one list, and config.json does "
+                f"not say how many there are of each ({', '.join(self.config['experts'])})."
+            )
+        after = number >= sizes["E"]
+        chosen = tuple(stored for stored in layouts if stored.after is after)
+        return Match(chosen, path, number - sizes["E"] * after, number)
 
     def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
         """E, I and H as far as a config states them."""
@@ -129,6 +159,12 @@ class Family:
         sizes = {letter: of_all_layers(value[1]) for letter, value in found.items() if value}
         return {letter: size for letter, size in sizes.items() if type(size) is int}
 
+    def is_translated(self, name: str) -> bool:
+        """Whether it is known what transformers calls a published tensor in memory."""
+        if self.unpublished_by_rule(name, "transformers") is not None:
+            return True
+        return not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.untranslated)
+
     def published_path(self, path: str) -> str:
         """A module path or name of transformers' tree with its published prefix."""
         return _swap_prefix(path, self.prefixes.items())
@@ -136,6 +172,10 @@ class Family:
     def memory_path(self, path: str) -> str:
         """The inverse of ``published_path``."""
         return _swap_prefix(path, ((hub, own) for own, hub in self.prefixes.items()))
+
+    def memory_module(self, path: str) -> str:
+        """The path of a module in transformers' tree, from its published one."""
+        return self.memory_path(f"{path}.").removesuffix(".")
 
     def published(self, name: str, dialect: str) -> str | None:
         """The published name of a dense tensor; None where no rule says anything about it."""
@@ -292,11 +332,14 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def stated(config: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, Any] | None:
-    """The first of ``keys`` that a config has, with its value; a dot goes into a nested config."""
+    """The first of ``keys`` that a config has, with its value; a dot goes into a nested config or list."""
     for key in keys:
         value: Any = config
         for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+            if isinstance(value, list) and part.isdigit():
+                value = value[int(part)] if int(part) < len(value) else None
+            else:
+                value = value.get(part) if isinstance(value, Mapping) else None
         if value is not None:
             return key, value
     return None

@@ -295,9 +295,12 @@ def _check_experts(values: Mapping[TensorName, Tensor], family: Family, text: Ma
     experts = _size_of_all(text, family.config.get("experts", ()))
     extra = _size(text, family.config.get("extra_experts", ()))
     counts = {experts[1], experts[1] + (extra[1] if extra else 0)} if experts else set()
-    size = _size_of_all(text, family.config.get("expert_size", ()))
+    sizes = {
+        part: _size_of_all(text, family.config.get(key, ()))
+        for part, key in (("weight", "expert_size"), ("vision", "vision_expert_size"))
+    }
     hidden = _size(text, family.config["expert_hidden_size"])
-    present: dict[str, set[str]] = {}
+    present: dict[str, set[tuple[str, str]]] = {}
     for name, tensor in values.items():
         if not isinstance(name, ExpertName):
             continue
@@ -308,20 +311,26 @@ def _check_experts(values: Mapping[TensorName, Tensor], family: Family, text: Ma
                 "checkpoint was saved: an expert-parallel model wrapped by ZeRO-3 without AutoEP saves "
                 "one rank's share only. Such a checkpoint cannot be repaired."
             )
-        if name.part != "weight":
+        if name.part not in sizes:
             continue
-        present.setdefault(name.layer_path, set()).add(name.projection)
+        present.setdefault(name.layer_path, set()).add((name.projection, name.part))
         rows, columns = _matrix(tensor.shape[1:], str(name))
         inner, outer = (columns, rows) if name.projection == DOWN else (rows, columns)
+        size = sizes[name.part]
         if size is not None and size[1] != inner:
             raise _disagree(size[0], size[1], inner, str(name))
         if hidden is not None and hidden[1] != outer:
             raise _disagree(hidden[0], hidden[1], outer, str(name))
-    wanted = {projection for stored in family.hub for projection in stored.projections}
-    for path, projections in present.items():
-        if projections != wanted:
-            missing = sorted(wanted ^ projections)
-            raise MismatchError(f"Layer {path} has no {missing} of its experts.")
+    wanted = {
+        (projection, stored.part)
+        for stored in family.hub
+        for projection in stored.projections
+        if stored.part in sizes
+    }
+    for path, found in present.items():
+        if found != wanted:
+            missing = sorted(" ".join(one) for one in wanted ^ found)
+            raise MismatchError(f"Layer {path} has no {', '.join(missing)} of its experts.")
 
 
 def _matrix(shape: tuple[int, ...], where: str) -> tuple[int, int]:

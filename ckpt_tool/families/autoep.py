@@ -9,7 +9,8 @@ from typing import Any
 from ckpt_tool.canonical import Checkpoint, ExpertName, MoELayer, ParamGroup, Tensor, TensorName
 from ckpt_tool.errors import MismatchError
 from ckpt_tool.families import Family, text_config
-from ckpt_tool.families.naming import Joined, to_hub
+from ckpt_tool.families.dense import Joined
+from ckpt_tool.families.naming import to_hub
 
 AUTOEP = "autoep"
 _ROUTER = ".router."
@@ -113,7 +114,7 @@ def _joined(hub: Checkpoint, family: Family) -> tuple[list[Tensor], dict[str, st
     by_state: dict[str, list[Tensor]] = {}
     for tensor in hub.tensors:
         by_state.setdefault(tensor.state, []).append(tensor)
-    joined = {state: Joined(tensors, family) for state, tensors in by_state.items()}
+    joined = {state: Joined.in_memory(tensors, family) for state, tensors in by_state.items()}
     result: list[Tensor] = []
     wholes: dict[str, str] = {}
     for tensor in hub.tensors:

@@ -3,7 +3,8 @@
 A stored layout such as ``"gate,up: E H (I 2)"`` says: a tensor of three dimensions, experts by hidden size
 by 2 I, in which gate and up alternate along the last one. Letters are E (experts), I (intermediate size),
 H (hidden size) and 2 (the projections before the colon, in that order); parentheses flatten dimensions
-into one, the last letter running fastest. ``bias`` before the colon names another part than the weight.
+into one, the last letter running fastest. ``bias`` before the colon names another part than the weight; so
+does any other word, for a second stack of matrices that the layer has, of its own I.
 The canonical orders are those of ``canonical``: gate and up [E, I, H], down [E, H, I], biases [E, I] and
 [E, H].
 """
@@ -23,21 +24,24 @@ from ckpt_tool.geometry import Axis, Cut, CutRegions, Placed, assemble, take
 _LAYOUT = re.compile(r"(?P<names>[a-z]+(?:,[a-z]+)*)(?: (?P<part>[a-z]+))?: (?P<dims>.+)")
 _DIM = re.compile(r"\(([^()]+)\)|(\S+)")
 _MANY = "2"
+_EXPERT, _AFTER = "{expert}", "{expert+E}"
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
     """One key pattern of a family and the matrices under it; ``dims`` are the stored dimensions, each a
-    tuple of letters, the last running fastest."""
+    tuple of letters, the last running fastest. ``after``: its experts are numbered after those of the
+    other stack that the layer has (``{expert+E}`` in the tables)."""
 
     pattern: str
     projections: tuple[str, ...]
     part: str
     dims: tuple[tuple[str, ...], ...]
+    after: bool = False
 
     @property
     def per_expert(self) -> bool:
-        return "{expert}" in self.pattern
+        return _EXPERT in self.pattern
 
     @property
     def letters(self) -> tuple[str, ...]:
@@ -47,7 +51,7 @@ class Stored:
         return tuple(ExpertName(layer_path, projection, self.part) for projection in self.projections)
 
     def key(self, layer_path: str, expert: int | None = None) -> str:
-        """The stored name."""
+        """The stored name; ``expert`` is the number that stands in it."""
         return self.pattern.format(layer=layer_path, expert=expert)
 
     def expected(self, sizes: Mapping[str, int]) -> tuple[int, ...] | None:
@@ -64,7 +68,8 @@ def parse_stored(pattern: str, layout: str) -> Stored:
     if match is None:
         raise ValueError(f"{layout!r} is not 'projections part: dimensions'")
     dims = tuple(tuple((one or other).split()) for one, other in _DIM.findall(match["dims"]))
-    found = Stored(pattern, tuple(match["names"].split(",")), match["part"] or "weight", dims)
+    after, pattern = _AFTER in pattern, pattern.replace(_AFTER, _EXPERT)
+    found = Stored(pattern, tuple(match["names"].split(",")), match["part"] or "weight", dims, after)
     letters = ["E"] * found.per_expert + list(found.letters)
     wanted = {*canonical_dims(found.projections[0], found.part)}
     wanted |= {_MANY} if len(found.projections) > 1 else set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,8 +19,9 @@ from ckpt_tool.canonical import (
 )
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.families import FUSED_FORM, Family
+from ckpt_tool.families.dense import Joined, memory_parts, published_parts
 from ckpt_tool.families.forms import Stored, compiled, join, split
-from ckpt_tool.geometry import Axis, Cut, CutRegions, Placed, assemble, take
+from ckpt_tool.geometry import Cut, CutRegions
 
 HUB = "hub"
 
@@ -27,8 +29,12 @@ HUB = "hub"
 # ---- from a module tree
 
 
-def to_hub(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+def to_hub(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any] | None = None) -> Checkpoint:
     """The same catalogue under the family's published names, fused experts taken apart.
+
+    Args:
+        config: the ``config.json``, if not the checkpoint's own, which has the number of experts that some
+            layouts are taken apart by.
 
     Raises:
         MismatchError: a tensor of an MoE block has no published name in this family.
@@ -59,9 +65,16 @@ def to_hub(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     tensors: list[Tensor] = []
     layers = {layer.layer_path: layer for layer in checkpoint.moe_layers}
     taken_apart: dict[TensorName, tuple[TensorName, ...]] = {}
+    experts = family.sizes(config or checkpoint.model_config or {}).get("E")
+    by_state = _by_state(checkpoint.tensors)
+    joined = {state: Joined.published(tensors, family) for state, tensors in by_state.items()}
     for tensor in checkpoint.tensors:
-        parts = _taken_apart(tensor, family)
-        if parts:
+        whole = joined[tensor.state].whole(str(tensor.name))
+        parts = _taken_apart(tensor, family, experts)
+        if whole is not None:
+            taken_apart[tensor.name] = (whole[0],)
+            tensors += joined[tensor.state].tensors(tensor) or []
+        elif parts:
             taken_apart[tensor.name] = tuple(part.name for part in parts)
             first = parts[0].name
             if isinstance(first, ExpertName) and first.layer_path not in layers:
@@ -79,13 +92,15 @@ def to_hub(checkpoint: Checkpoint, family: Family) -> Checkpoint:
             return taken_apart[name]
         return (published(name),) if isinstance(name, str) else (name,)
 
-    scalars: dict[tuple[TensorName, str], Scalar] = {
-        (renamed, state): scalar
-        for (name, state), scalar in checkpoint.scalars.items()
-        for renamed in names(name)
-    }
+    scalars: dict[tuple[TensorName, str], Scalar] = {}
+    for (name, state), scalar in checkpoint.scalars.items():
+        for renamed in names(name):
+            if scalars.setdefault((renamed, state), scalar) != scalar:
+                raise MismatchError(f"{state} differs among the tensors that are published as {renamed}.")
     groups = tuple(
-        ParamGroup(group.options, tuple(new for name in group.parameters for new in names(name)))
+        ParamGroup(
+            group.options, tuple(dict.fromkeys(new for name in group.parameters for new in names(name)))
+        )
         for group in checkpoint.training.param_groups
     )
     # The router's second name in AutoEP's module tree exists nowhere else.
@@ -103,6 +118,13 @@ def to_hub(checkpoint: Checkpoint, family: Family) -> Checkpoint:
         moe_layers=tuple(layers.values()),
         training=replace(checkpoint.training, param_groups=groups),
     )
+
+
+def _by_state(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.state, []).append(tensor)
+    return found
 
 
 def _publishable(checkpoint: Checkpoint, family: Family) -> Checkpoint:
@@ -141,37 +163,15 @@ def _check_conserved(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
         raise MismatchError("Renaming to published names lost elements. This is a bug in ckpt-tool.")
 
 
-def _taken_apart(tensor: Tensor, family: Family) -> list[Tensor]:
+def _taken_apart(tensor: Tensor, family: Family, experts: int | None) -> list[Tensor]:
     """The canonical tensors in one of transformers' fused ones; none for other tensors."""
     if not isinstance(tensor.name, str) or tensor.name.startswith(family.apart):
         return []
     for stored in family.fused:
         match = None if stored.per_expert else compiled(stored.pattern).fullmatch(tensor.name)
         if match is not None:
-            return split(tensor, stored, family.published_path(match["layer"]))
-    return _parts(tensor, family)
-
-
-def _parts(tensor: Tensor, family: Family) -> list[Tensor]:
-    """The published tensors that a dense one in memory concatenates along its first dimension."""
-    if not isinstance(tensor.name, str):
-        return []
-    for pattern, names in family.parts.items():
-        match = compiled(pattern).fullmatch(tensor.name)
-        if match is None:
-            continue
-        if not tensor.shape or tensor.shape[0] % len(names):
-            raise UnreadableError(
-                f"{tensor.label()} of shape {list(tensor.shape)} has no {len(names)} equal parts."
-            )
-        rows = tensor.shape[0] // len(names)
-        layer = family.published_path(match["layer"])
-        rest = [Axis(dim, 0, size) for dim, size in enumerate(tensor.shape)][1:]
-        return [
-            replace(take(tensor, [Axis(0, number * rows, rows), *rest]), name=name.format(layer=layer))
-            for number, name in enumerate(names)
-        ]
-    return []
+            return split(tensor, stored, family.published_path(match["layer"]), experts)
+    return published_parts(tensor, family)
 
 
 # ---- from files
@@ -197,23 +197,29 @@ def from_hub(
     chosen = _Choice(tensors, family, sizes)
     stacks: dict[ExpertName, dict[int, Tensor]] = {}
     found: list[Tensor | ExpertName] = []
+    joined = Joined.published(tensors.values(), family)
     for name, tensor in tensors.items():
-        match = family.match(name)
+        match = family.match(name, sizes)
         if match is None:
-            found += _parts(tensor, family) or [_published(tensor, family)]
+            known = joined.tensors(tensor)
+            found += (
+                known
+                if known is not None
+                else published_parts(tensor, family) or [_published(tensor, family)]
+            )
             continue
         layer = family.published_path(match.layer_path)
         stored = chosen.layout(match.layouts, match.layer_path)
-        if match.expert is None:
+        if match.expert is None or match.number is None:
             found += _with_encoding(split(tensor, stored, layer, sizes.get("E")), tensor)
             continue
         stack = stored.names(layer)[0]
         if stack not in stacks:
             stacks[stack] = {}
             found.append(stack)
-        if name != stored.key(match.layer_path, match.expert):
+        if name != stored.key(match.layer_path, match.number):
             raise UnreadableError(
-                f"{name} numbers its expert otherwise than {stored.key(match.layer_path, match.expert)}; "
+                f"{name} numbers its expert otherwise than {stored.key(match.layer_path, match.number)}; "
                 "nothing tells whether that is the same expert. Correct the name."
             )
         stacks[stack][match.expert] = tensor
@@ -265,7 +271,7 @@ class _Choice:
         if not any(hub.pattern == fused.pattern and hub != fused for hub, fused in _pairs(family)):
             return
         for name, tensor in tensors.items():
-            match = family.match(name)
+            match = family.match(name, sizes)
             if match is not None and len(match.layouts) > 1:
                 self._shapes.setdefault(match.layer_path, []).append((match.layouts, tensor.shape))
 
@@ -331,12 +337,26 @@ def _stack(name: ExpertName, experts: Mapping[int, Tensor]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of a file: its name and shape there, and elements of ``tensor`` from ``start`` on."""
+    """A tensor of a file: its name and shape there, and elements of ``tensor`` from ``start`` on.
+    ``sources`` are the canonical tensors that it holds, or a part of which it holds."""
 
     name: str
     tensor: Tensor
     shape: tuple[int, ...]
+    sources: tuple[TensorName, ...]
     start: int = 0
+
+    def sliced(self) -> Tensor:
+        """A tensor of this name and shape.
+
+        Raises:
+            CoverageError: when its regions are asked for, where it has another shape than ``tensor``, whose
+                elements do not lie in contiguous runs.
+        """
+        if self.tensor.shape == self.shape:
+            return replace(self.tensor, name=self.name)
+        cuts = [Cut(0, math.prod(self.shape), self.tensor, self.start)]
+        return replace(self.tensor, name=self.name, shape=self.shape, regions=CutRegions(cuts))
 
 
 def entries(tensors: Sequence[Tensor], family: Family, style: str) -> list[Entry]:
@@ -352,40 +372,37 @@ def entries(tensors: Sequence[Tensor], family: Family, style: str) -> list[Entry
     for tensor in tensors:
         if isinstance(tensor.name, ExpertName):
             by_layer.setdefault(tensor.name.layer_path, {})[tensor.name] = tensor
-    joined = Joined(tensors, family) if style == FUSED_FORM else None
+    joined = Joined.in_memory(tensors, family) if style == FUSED_FORM else None
     found: list[Entry] = []
     for tensor in tensors:
         if isinstance(tensor.name, ExpertName):
             found += _layer(tensor.name.layer_path, by_layer.pop(tensor.name.layer_path, {}), family, style)
         elif joined is None:
-            found.append(Entry(tensor.name, tensor, tensor.shape))
+            found.append(Entry(tensor.name, tensor, tensor.shape, (tensor.name,)))
         else:
             found += _in_memory(tensor, joined, family)
-    if sum(t.numel for t in tensors) != sum(_numel(entry.shape) for entry in found):
+    if sum(t.numel for t in tensors) != sum(math.prod(entry.shape) for entry in found):
         raise MismatchError("Naming the tensors of the result lost elements. This is a bug in ckpt-tool.")
     return found
 
 
 def _in_memory(tensor: Tensor, joined: Joined, family: Family) -> list[Entry]:
-    """A dense tensor under transformers' name, or the one it is part of, once."""
+    """A dense tensor as transformers has it: under its name, in parts, or with those it is one with."""
+    name = str(tensor.name)
+    whole = joined.whole(name)
+    sources = (name,) if whole is None else tuple(whole[1])
     found = joined.tensors(tensor)
     if found is None:
-        name = family.unpublished(str(tensor.name), "transformers")
-        found = [replace(tensor, name=name)]
-    return [Entry(str(one.name), one, one.shape) for one in found]
-
-
-def _numel(shape: Sequence[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
+        found = memory_parts(tensor, family) or [
+            replace(tensor, name=family.unpublished(name, "transformers"))
+        ]
+    return [Entry(str(one.name), one, one.shape, sources) for one in found]
 
 
 def _layer(path: str, held: dict[TensorName, Tensor], family: Family, style: str) -> list[Entry]:
     """The entries of one layer's experts."""
     left = dict(held)
-    at = family.memory_path(f"{path}.").removesuffix(".") if style == FUSED_FORM else path
+    at = family.memory_module(path) if style == FUSED_FORM else path
     singles: list[tuple[Stored, Tensor]] = []
     found: list[Entry] = []
     for stored in family.form(style):
@@ -401,15 +418,20 @@ def _layer(path: str, held: dict[TensorName, Tensor], family: Family, style: str
         elif stacks:
             _check_alike(stacks)
             tensor, shape = join(stacks, stored, stored.key(at))
-            found.append(Entry(stored.key(at), tensor, shape))
+            found.append(Entry(stored.key(at), tensor, shape, names))
     if left:
         name = next(iter(left))
         raise MismatchError(f"{name}: the family {family.name} has no place for it. Is the config right?")
-    for expert in range(max((stack.shape[0] for _, stack in singles), default=0)):
-        for stored, stack in singles:
-            size = stack.numel // stack.shape[0] if stack.shape[0] else 0
-            if expert < stack.shape[0]:
-                found.append(Entry(stored.key(at, expert), stack, stack.shape[1:], expert * size))
+    before = 0
+    for after in (False, True):
+        chosen = [(stored, stack) for stored, stack in singles if stored.after is after]
+        count = max((stack.shape[0] for _, stack in chosen), default=0)
+        for expert in range(count):
+            for stored, stack in chosen:
+                if expert < stack.shape[0]:
+                    key, shape = stored.key(at, before + expert), stack.shape[1:]
+                    found.append(Entry(key, stack, shape, (stack.name,), expert * math.prod(shape)))
+        before = count
     return found
 
 
@@ -425,47 +447,3 @@ def _check_alike(stacks: Sequence[Tensor]) -> None:
                 f"{stack.name} is {stack.dtype}, {first.name} is {first.dtype}; the files hold them in one "
                 "tensor."
             )
-
-
-class Joined:
-    """The dense tensors that transformers has in memory as one, of tensors of one state: published parts
-    are joined where all of them are there."""
-
-    def __init__(self, tensors: Sequence[Tensor], family: Family) -> None:
-        self._family = family
-        self._held = {tensor.name: tensor for tensor in tensors if isinstance(tensor.name, str)}
-        self._done: set[str] = set()
-
-    def tensors(self, tensor: Tensor) -> list[Tensor] | None:
-        """The tensor that this is a part of, with its first part; nothing with the others. None where it
-        is no part of another."""
-        found = self.whole(str(tensor.name))
-        if found is None:
-            return None
-        key, names = found
-        if key in self._done:
-            return []
-        self._done.add(key)
-        return [self._join(key, names)]
-
-    def whole(self, name: str) -> tuple[str, list[str]] | None:
-        """The tensor in memory that a published one is a part of, and the names of all its parts."""
-        for whole, parts in self._family.parts.items():
-            for part in parts:
-                match = compiled(part).fullmatch(name)
-                if match is None:
-                    continue
-                names = [other.format(layer=match["layer"]) for other in parts]
-                if all(other in self._held for other in names):
-                    layer = self._family.memory_path(f"{match['layer']}.").removesuffix(".")
-                    return whole.format(layer=layer), names
-        return None
-
-    def _join(self, key: str, names: Sequence[str]) -> Tensor:
-        parts = [self._held[name] for name in names]
-        placed, row = [], 0
-        for part in parts:
-            rest = [Axis(dim, 0, size) for dim, size in enumerate(part.shape)][1:]
-            placed.append(Placed(part, (Axis(0, row, part.shape[0]), *rest)))
-            row += part.shape[0]
-        return replace(assemble(parts[0], (row, *parts[0].shape[1:]), placed), name=key)

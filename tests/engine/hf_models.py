@@ -136,7 +136,8 @@ TEXT: dict[str, dict[str, Any]] = {
         mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, use_mamba_kernels=False,
     ),
     "deepseek_v4": MOE | INDEX | dict(
-        n_routed_experts=E, n_shared_experts=1, q_lora_rank=16, o_lora_rank=8, o_groups=2, qk_rope_head_dim=4
+        n_routed_experts=E, n_shared_experts=1, q_lora_rank=16, o_lora_rank=8, o_groups=2, qk_rope_head_dim=4,
+        layer_types=["heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"],
     ),
     "gemma4_text": PLAIN | dict(
         enable_moe_block=True, top_k_experts=2, num_kv_shared_layers=0, hidden_size_per_layer_input=8,
@@ -200,6 +201,15 @@ COMPOSITE: dict[str, dict[str, Any]] = {
     )),
     "minimax_m3_vl": dict(
         text_config=_text("minimax_m3_vl_text", model_type="minimax_m3_vl_text"), vision_config=VISION
+    ),
+    "ernie4_5_vl_moe": dict(
+        text_config=BASE | dict(
+            moe_intermediate_size=[I, 6], moe_num_experts=E, moe_k=2, intermediate_size=24,
+            rope_parameters=ROPE | dict(mrope_section=[1, 1, 2]),
+        ),
+        vision_config=SMALL_VISION | dict(
+            depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_merge_size=2
+        ),
     ),
     "kimi_k25": dict(text_config=_text("deepseek_v3", model_type="deepseek_v3"), vision_config=VISION),
     "qwen4_exp": dict(text_config=_text("qwen4_exp_text", rope_parameters=ROPE), vision_config=VISION),
@@ -318,11 +328,6 @@ NOT_BUILT = {
     "qwen2": "is not sparse",
     "qwen3": "is not sparse",
     "step3p5": "is the text model of step3p7; no class builds it alone",
-}
-
-# Model code of transformers with experts that the tables have no family of.
-NOT_IN_TABLES = {
-    "ernie4_5_vl_moe": "numbers experts for text and for images, of different sizes, as one list",
 }
 
 # Models no Auto class builds.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ckpt_tool import api
 from ckpt_tool.canonical import PROJECTIONS, ExpertName, Role
-from ckpt_tool.errors import CkptToolError, MismatchError, UsageError
+from ckpt_tool.errors import CkptToolError, MismatchError, UnreadableError, UsageError
 from ckpt_tool.families import families, family_of
 from tests import synthetic
 from tests.conftest import ZERO3, checkpoint_of, config_of, raw
@@ -159,7 +159,8 @@ def test_every_name_of_an_expert_tensor_is_found_again(family: Any) -> None:
     for stored in (*family.hub, *family.fused, *family.also):
         for path in ("model.layers.0", "model.language_model.layers.12"):
             for expert in (0, 7, 123) if stored.per_expert else (None,):
-                match = family.match(stored.key(path, expert))
+                number = None if expert is None else expert + 1000 * stored.after
+                match = family.match(stored.key(path, number), {"E": 1000})
                 assert match is not None, stored
                 assert (match.layer_path, match.expert) == (path, expert)
                 assert stored in match.layouts
@@ -176,7 +177,13 @@ def test_every_family_holds_all_projections_once(family: Any) -> None:
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
 def test_dense_names_are_no_experts(family: Any) -> None:
     for name in ("model.layers.0.mlp.gate.weight", "model.embed_tokens.weight", "lm_head.weight", ""):
-        assert family.match(name) is None
+        assert family.match(name, {}) is None
+
+
+def test_two_kinds_of_experts_in_one_list_need_their_number() -> None:
+    family = family_of({"model_type": "ernie4_5_vl_moe"})
+    with pytest.raises(UnreadableError, match="how many there are of each"):
+        family.match("model.layers.0.mlp.experts.3.up_proj.weight", {})
 
 
 def test_the_correction_bias_stays_fp32_in_a_bf16_export(tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from ckpt_tool.canonical import DType
+from ckpt_tool.errors import MismatchError
 from ckpt_tool.formats.dcp.grid import GridChunk, dense_grid, expert_grid, spans
 
 from .dcp_tools import CHECKPOINTS, FIXTURES, assert_equal_to_oracle, convert, oracle, read, write
+from .hub_files import write as write_hub
 
 TARGETS: list[tuple[str, dict[str, Any]]] = [
     ("titan_w4e2", {"world": 1, "ep": 1}),
@@ -209,3 +211,48 @@ def test_spans_are_torchs_chunks(count: int, parts: int) -> None:
     assert sum(sizes) == count
     assert len(sizes) == parts
     assert math.prod(sizes) >= 0
+
+
+# ---- from published files, for a run that has transformers' modules
+
+
+def _published(family: str, tensors: dict[str, torch.Tensor], path: Path, **config: Any) -> Path:
+    return write_hub(path, {"model_type": family, "num_hidden_layers": 1} | config, tensors)
+
+
+def test_what_is_one_tensor_in_memory_is_one_in_the_checkpoint(tmp_path: Path) -> None:
+    at = "model.layers.0"
+    parts = {f"{at}.self_attn.{part}_conv1d.weight": torch.randn(8, 1, 4) for part in "qkv"}
+    source = _published("kimi_linear", dict(parts), tmp_path / "hub")
+    convert(source, tmp_path / "out", world=2, style="plain")
+    held = {"model": {f"{at}.self_attn.conv1d.weight": torch.zeros(24, 1, 4)}}
+    dcp.load(held, checkpoint_id=tmp_path / "out", no_dist=True)
+    assert torch.equal(held["model"][f"{at}.self_attn.conv1d.weight"], torch.cat(list(parts.values())))
+
+
+def test_experts_that_are_modules_in_memory_are_tensors_of_their_own(tmp_path: Path) -> None:
+    at = "encoder.block.1.layer.1.mlp.experts"
+    stored = {f"{at}.expert_{e}.{w}.weight": torch.randn(4, 4) for e in range(2) for w in ("wi", "wo")}
+    source = _published("switch_transformers", dict(stored), tmp_path / "hub")
+    convert(source, tmp_path / "out", world=2, style="plain")
+    held = {"model": {name: torch.zeros(4, 4) for name in stored}}
+    dcp.load(held, checkpoint_id=tmp_path / "out", no_dist=True)
+    assert all(torch.equal(held["model"][name], tensor) for name, tensor in stored.items())
+
+
+def test_names_in_memory_that_are_not_known_are_refused(tmp_path: Path) -> None:
+    stored = {"vision_tower.encoder.blocks.0.wqkv.weight": torch.randn(12, 4)}
+    source = _published("kimi_k25", stored, tmp_path / "hub")
+    with pytest.raises(MismatchError, match="does not know what transformers calls it in memory"):
+        convert(source, tmp_path / "out", world=2, style="plain")
+
+
+def test_tied_weights_of_a_composite_without_optimizer_are_one_tensor(tmp_path: Path) -> None:
+    """The chunks' checksums tell: there is no optimizer and no config.json to."""
+    weight = torch.randn(8, 4)
+    names = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+    dcp.save({"model": dict.fromkeys(names, weight)}, checkpoint_id=tmp_path, no_dist=True)
+    assert read(tmp_path)[1].aliases == {names[1]: names[0]}
+    untied = {names[0]: weight, names[1]: torch.randn(8, 4)}
+    dcp.save({"model": untied}, checkpoint_id=tmp_path / "untied", no_dist=True)
+    assert not read(tmp_path / "untied")[1].aliases

@@ -72,6 +72,7 @@ class Naming:
         self, names: Collection[str], family: Family | None, config: Mapping[str, Any] | None
     ) -> None:
         self._family, self._config = family, config
+        self._sizes = family.sizes(config or {}) if family else {}
         self.layers = main_layers(names)
         matches = map(self._match, names)
         self.published = any(match is not None and match.expert is not None for match in matches)
@@ -96,7 +97,7 @@ class Naming:
         return Named(list(found.values()), given)
 
     def _match(self, key: str) -> Match | None:
-        return self._family.match(self._family.corrected(key)) if self._family else None
+        return self._family.match(self._family.corrected(key), self._sizes) if self._family else None
 
     def _is_expert(self, key: str, tensor: Tensor) -> bool:
         match = self._match(key)

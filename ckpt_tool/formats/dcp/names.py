@@ -8,7 +8,6 @@ from typing import Any
 
 from ckpt_tool.canonical import (
     MASTER,
-    PROJECTIONS,
     WEIGHT,
     Checkpoint,
     DType,
@@ -20,9 +19,9 @@ from ckpt_tool.canonical import (
 )
 from ckpt_tool.containers.torch_zip import Inline
 from ckpt_tool.errors import MismatchError, UsageError
-from ckpt_tool.families import Family, family_of, stated, text_config
-from ckpt_tool.families.forms import compiled, join
-from ckpt_tool.families.naming import to_hub
+from ckpt_tool.families import FUSED_FORM, Family, family_of, stated, text_config
+from ckpt_tool.families.forms import compiled
+from ckpt_tool.families.naming import Entry, entries, to_hub
 from ckpt_tool.formats.dcp.experts import TITAN_NAMES, titan_layer
 from ckpt_tool.formats.dcp.reader import Hint
 from ckpt_tool.formats.dcp.titan import Fused, fuse, key_value_heads, unnumbered
@@ -69,7 +68,7 @@ def styled(
 
     Raises:
         UsageError: names must change, and there is no config.json to say which model this is.
-        MismatchError: the model's family has no such names.
+        MismatchError: the model's family has no such names, or not of all its tensors.
     """
     hint = checkpoint.layout_hint
     if isinstance(hint, Hint) and checkpoint.dialect == dialect:
@@ -82,10 +81,7 @@ def styled(
     dropped = set(found.left_out)
     kept = replace(checkpoint, tensors=tuple(t for t in checkpoint.tensors if t.label() not in dropped))
     namer = _namer(kept, dialect, config)
-    for tensor in namer.checkpoint.tensors:
-        if not isinstance(tensor.name, ExpertName):
-            _add(found, namer.dense(tensor.name), tensor)
-    for name, tensor in namer.stacks():
+    for name, tensor in namer.tensors():
         _add(found, name, tensor)
     found.left_out |= namer.left_out
     found.notes = [note for note in namer.checkpoint.notes if note not in checkpoint.notes]
@@ -93,7 +89,7 @@ def styled(
         raise MismatchError("Naming tensors for the run lost elements. This is a bug in ckpt-tool.")
     _add_scalars(found, namer)
     found.groups = [
-        (group.options, list(dict.fromkeys(namer.name(name) for name in group.parameters)))
+        (group.options, list(dict.fromkeys(new for name in group.parameters for new in namer.names(name))))
         for group in namer.checkpoint.training.param_groups
     ]
     found.aliases = {
@@ -142,14 +138,14 @@ def _add(found: Styled, name: str, tensor: Tensor) -> None:
 def _add_scalars(found: Styled, namer: _Namer) -> None:
     """torch's optimizers want a 0-d fp32 tensor; experts fused into one parameter share it."""
     for (name, state), scalar in namer.checkpoint.scalars.items():
-        key = (namer.name(name), state)
         value = Scalar(scalar.value, scalar.dtype or DType.float32)
-        known = found.scalars.setdefault(key, value)
-        if known != value:
-            raise MismatchError(
-                f"{state} is {value.value} for {name} and {known.value} for another part of {key[0]}, "
-                "which is one parameter in the target run."
-            )
+        for new in namer.names(name):
+            known = found.scalars.setdefault((new, state), value)
+            if known != value:
+                raise MismatchError(
+                    f"{state} is {value.value} for {name} and {known.value} for another part of {new}, "
+                    "which is one parameter in the target run."
+                )
 
 
 class _Namer:
@@ -168,8 +164,14 @@ class _Namer:
     def expert(self, name: ExpertName) -> str:
         raise MismatchError(f"{name} is a stack of experts, for which the target has no name.")
 
-    def name(self, name: TensorName) -> str:
-        return self.expert(name) if isinstance(name, ExpertName) else self.dense(name)
+    def names(self, name: TensorName) -> tuple[str, ...]:
+        """The tensors of the run that a canonical one is in."""
+        return (self.expert(name) if isinstance(name, ExpertName) else self.dense(name),)
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """The tensors of the run under their names: by default one per canonical one."""
+        for tensor in self.checkpoint.tensors:
+            yield self.names(tensor.name)[0], tensor
 
     def zeros(self, found: Styled) -> dict[str, Inline]:  # noqa: ARG002
         """Buffers that the run has and the catalogue has not."""
@@ -179,30 +181,13 @@ class _Namer:
         """Parameters of the run that the catalogue has in three parts."""
         return {}
 
-    def stacks(self) -> Iterable[tuple[str, Tensor]]:
-        """The expert tensors: by default one per canonical stack."""
-        for tensor in self.checkpoint.tensors:
-            if isinstance(tensor.name, ExpertName):
-                yield self.expert(tensor.name), tensor
 
-
-class _Renamed(_Namer):
-    """Names made from published ones by the family's tables."""
-
-    def __init__(self, checkpoint: Checkpoint, family: Family, dialect: str) -> None:
-        super().__init__(checkpoint)
-        self._family, self._dialect = family, dialect
-
-    def dense(self, name: str) -> str:
-        return self._family.unpublished(name, self._dialect)
-
-
-class _Titan(_Renamed):
+class _Titan(_Namer):
     """torchtitan's names from published ones."""
 
     def __init__(self, checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]) -> None:
-        super().__init__(checkpoint, family, TITAN)
-        self._config = config
+        super().__init__(checkpoint)
+        self._family, self._config = family, config
         self.left_out = {
             tensor.label(): "torchtitan's layers for multi-token prediction use the model's own"
             for tensor in checkpoint.tensors
@@ -220,7 +205,7 @@ class _Titan(_Renamed):
         return name if self._layers is None else unnumbered(name, self._layers)
 
     def dense(self, name: str) -> str:
-        found = super().dense(name)
+        found = self._family.unpublished(name, TITAN)
         if found == name and name != "lm_head.weight":
             raise MismatchError(f"torchtitan has no name for {name} of the family {self._family.name}.")
         return self._placed(found)
@@ -255,42 +240,38 @@ class _Titan(_Renamed):
         return fused
 
 
-class _Fused(_Renamed):
-    """transformers' names and fused stacks."""
+class _InMemory(_Namer):
+    """transformers' names, stacks and joined tensors, from published ones."""
 
     def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
-        super().__init__(checkpoint, family, TRANSFORMERS)
-
-    def expert(self, name: ExpertName) -> str:
-        for stored in self._family.fused:
-            if name.projection in stored.projections and name.part == stored.part:
-                return stored.key(self._family.memory_path(name.layer_path))
-        raise MismatchError(f"The family {self._family.name} has no fused name for {name}.")
-
-    def stacks(self) -> Iterable[tuple[str, Tensor]]:
-        layers: dict[tuple[str, str, str], dict[str, Tensor]] = {}
-        for tensor in self.checkpoint.tensors:
-            if isinstance(tensor.name, ExpertName):
-                layer = (tensor.name.layer_path, tensor.name.part, tensor.state)
-                layers.setdefault(layer, {})[tensor.name.projection] = tensor
-        for (path, part, _), by_projection in layers.items():
-            for stored in self._family.fused:
-                if stored.part != part or not set(stored.projections) <= by_projection.keys():
-                    continue
-                stacks = [by_projection.pop(projection) for projection in stored.projections]
-                key = stored.key(self._family.memory_path(path))
-                tensor, shape = join(stacks, stored, key)
-                if tensor.shape != shape:
-                    raise MismatchError(
-                        f"{key} flattens its experts into another dimension; not written as DCP."
-                    )
-                state = MASTER if all(s.state == MASTER for s in stacks) else stacks[0].state
-                yield key, replace(tensor, state=state)
-            if by_projection:
-                left = sorted(by_projection, key=PROJECTIONS.index)
+        super().__init__(checkpoint)
+        self._family = family
+        self._entries: list[Entry] = []
+        self._names: dict[TensorName, dict[str, None]] = {}
+        by_state: dict[str, list[Tensor]] = {}
+        for tensor in checkpoint.tensors:
+            if isinstance(tensor.name, str) and not family.is_translated(tensor.name):
                 raise MismatchError(
-                    f"{path}: the family {self._family.name} has no fused tensor for {left}."
+                    f"{tensor.name}: ckpt-tool does not know what transformers calls it in memory (that is "
+                    f"no matter of prefixes in the family {family.name}, or differs between releases), and "
+                    "a run would not find it. Load the model with transformers, save it with "
+                    "torch.distributed.checkpoint, and reshard that."
                 )
+            by_state.setdefault(WEIGHT if tensor.state == MASTER else tensor.state, []).append(tensor)
+        for tensors in by_state.values():
+            for entry in entries(tensors, family, FUSED_FORM):
+                self._entries.append(entry)
+                for source in entry.sources:
+                    self._names.setdefault(source, {})[entry.name] = None
+
+    def dense(self, name: str) -> str:
+        return self._family.unpublished(name, TRANSFORMERS)
+
+    def names(self, name: TensorName) -> tuple[str, ...]:
+        return tuple(self._names[name]) if name in self._names else super().names(name)
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        return ((entry.name, entry.sliced()) for entry in self._entries)
 
 
 def _titan_name(name: ExpertName) -> str:
@@ -311,5 +292,5 @@ def _namer(checkpoint: Checkpoint, dialect: str, config: Mapping[str, Any] | Non
     if dialect == TITAN:
         if not family.torchtitan:
             raise UsageError(f"torchtitan's names for the family {family.name} are not known.")
-        return _Titan(to_hub(checkpoint, family), family, found)
-    return _Fused(to_hub(checkpoint, family), family)
+        return _Titan(to_hub(checkpoint, family, found), family, found)
+    return _InMemory(to_hub(checkpoint, family, found), family)

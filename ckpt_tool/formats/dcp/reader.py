@@ -33,6 +33,7 @@ from ckpt_tool.containers.pickle_records import Unread
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.families import Family, family_of
+from ckpt_tool.families.agreement import embedding_name, head_name, ties_embeddings
 from ckpt_tool.formats.dcp.beside import SCHEDULER_LEFT_OUT, Beside, find_beside
 from ckpt_tool.formats.dcp.completeness import check_rows
 from ckpt_tool.formats.dcp.contents import Held, rank_of
@@ -46,7 +47,7 @@ from ckpt_tool.storage import Reader
 _BUFFER = re.compile(
     r".*(?:expert_bias(?:_E)?|e_score_correction_bias|inv_freq|running_mean|running_var|num_batches_tracked)"
 )
-_EMBEDDINGS = ("model.embed_tokens.weight", "tok_embeddings.weight")
+_TITAN_EMBEDDING = "tok_embeddings.weight"
 # What is to be said of entries that are neither a model's tensors nor an optimizer's.
 ONLY_HERE = f"{NOT_COMPARED} and carried only to a DCP checkpoint of the same framework:"
 _HEADS = ("lm_head.weight", "output.weight")
@@ -240,24 +241,25 @@ class _Catalogue:
     def _tied(self) -> dict[str, str]:
         """FSDP2 saves tied weights under both names; the optimizer knows one of them.
 
-        They are taken for one tensor where the config says so, or where the head has no optimizer state
-        of its own and every chunk has the CRC-32 of the embedding's.
+        They are taken for one tensor where the config says so, or where every chunk of the head has the
+        CRC-32 of the embedding's, and the optimizer, if there is one, knows the embedding alone.
         """
         model = self._entries.model
-        head = next((name for name in _HEADS if name in model), None)
-        embedding = next((name for name in _EMBEDDINGS if name in model), None)
+        embedding = _TITAN_EMBEDDING if _TITAN_EMBEDDING in model else embedding_name(model)
+        heads = () if embedding is None else (head_name(embedding), *_HEADS)
+        head = next((name for name in heads if name in model), None)
         if head is None or embedding is None or head in self._trained:
             return {}
         ours, theirs = model[head], model[embedding]
         if ours.tensor.shape != theirs.tensor.shape or ours.tensor.dtype is not theirs.tensor.dtype:
             return {}
-        stated = bool((self._config or {}).get("tie_word_embeddings"))
+        stated = ties_embeddings(self._config or {})
         crcs = [
             {(part.offsets, part.sizes): part.crc for part in held.parts if 0 not in part.sizes}
             for held in (ours, theirs)
         ]
         equal = crcs[0] == crcs[1] and None not in crcs[0].values()
-        seen = embedding in self._trained and equal
+        seen = equal and (embedding in self._trained or not self._entries.has_optimizer)
         return {head: embedding} if stated or seen else {}
 
     def _check_stacks(self, names: Mapping[str, tuple[TensorName, ...]]) -> None:

@@ -36,7 +36,7 @@ def layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
         raise UsageError(f"--hf-layout {style!r} is no form of a Hugging Face model; choose hub or fused.")
     refuse_unreadable(checkpoint.tensors)
     family = family_of(config)
-    published = to_hub(checkpoint, family)
+    published = to_hub(checkpoint, family, config)
     check_config(published, family, config)
     values = published.values()
     keep_encoded = options.dtype is None and any(tensor.encoding for tensor in values)
