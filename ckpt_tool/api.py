@@ -145,7 +145,6 @@ def convert(
         if to is None:
             to = _own_target(checkpoint)
             _refuse_useless(to, given)
-        seen = {file.path: reader.signature(file.path) for file in checkpoint.files}
         model_config, extra = find_config(Path(source), config)
         published = to == "hf" and checkpoint.format == TARGETS["hf"].name
         files_left = left_behind(Path(source), extra) if published else ()
@@ -183,9 +182,7 @@ def convert(
             raise UsageError(f"{destination} exists. Choose another destination, or pass --overwrite.")
         if not dry_run:
             check_replicas(checkpoint, reader, budget)
-            verdict = carry_out(
-                plan, reader, checkpoint, seen, destination, to, options, how, budget, verify
-            )
+            verdict = carry_out(plan, reader, checkpoint, destination, to, options, how, budget, verify)
     finally:
         reader.close()
     return Result(

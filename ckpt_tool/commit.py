@@ -20,7 +20,7 @@ from typing import Any
 from ckpt_tool.errors import UnreadableError, UsageError
 from ckpt_tool.execute.local import WrittenExtent, WrittenFile
 from ckpt_tool.layout import TargetFile
-from ckpt_tool.storage import sync_directory
+from ckpt_tool.storage import sync_directory, writing_failed
 
 MANIFEST = "ckpt_tool_manifest.json"
 MANIFEST_VERSION = 1
@@ -46,18 +46,49 @@ class Staging:
         self._identity = dict(identity)
         self._fsync = fsync
         self._overwrite = overwrite
-        self._refuse_occupied()
-        if self.path.is_symlink() or (occupied(self.path) and not (self.path / JOURNAL).is_file()):
-            raise UsageError(
-                f"{self.path} is in the way and was not left by a run of ckpt-tool. Remove it or choose "
-                "another destination."
-            )
+        self._journal = self._locked_journal()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"{self.path} cannot be made: {error.strerror}.") from error
-        self._journal = os.open(self.path / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self.done = self._take_over()
+            self.done = self._take_over()
+        except BaseException:
+            os.close(self._journal)
+            raise
+
+    def _locked_journal(self) -> int:
+        """Make the directory and take the journal's lock. Another run may publish, and so take away, the
+        directory at any moment before that."""
+        while True:
+            self._refuse_occupied()
+            if self.path.is_symlink() or (occupied(self.path) and not (self.path / JOURNAL).is_file()):
+                raise UsageError(
+                    f"{self.path} is in the way and was not left by a run of ckpt-tool. Remove it or "
+                    "choose another destination."
+                )
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"{self.path} cannot be made: {error.strerror}.") from error
+            try:
+                journal = os.open(self.path / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise writing_failed(self.path / JOURNAL, error) from error
+            try:
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(journal)
+                raise UsageError(f"{self.path} is in use by another run of ckpt-tool.") from None
+            if self._is_journal(journal):
+                return journal
+            os.close(journal)
+
+    def _is_journal(self, descriptor: int) -> bool:
+        """Whether an open file still is the one with the journal's name."""
+        try:
+            named = (self.path / JOURNAL).stat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(descriptor), named)
 
     def _refuse_occupied(self) -> None:
         if not self._overwrite and occupied(self.target):
@@ -66,16 +97,10 @@ class Staging:
             )
 
     def _take_over(self) -> dict[str, WrittenFile]:
-        """Lock the journal; return the files an earlier run of this command completed."""
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._journal)
-            raise UsageError(f"{self.path} is in use by another run of ckpt-tool.") from None
+        """The files an earlier run of this command completed."""
         lines, whole = _lines(os.pread(self._journal, os.fstat(self._journal).st_size, 0))
         os.ftruncate(self._journal, whole)
         if lines and lines[0] != json.loads(json.dumps(self._identity)):
-            os.close(self._journal)
             raise UsageError(
                 f"{self.path} was left by another command ({_summary(lines[0])}). Run that command "
                 f"again to go on with it, or remove the directory: rm -r '{self.path}'"
@@ -106,10 +131,21 @@ class Staging:
     def _record(self, entry: Mapping[str, Any]) -> None:
         os.lseek(self._journal, 0, os.SEEK_END)
         # Not synced: a lost line costs writing one file again, and the data it speaks of is durable.
-        os.write(self._journal, json.dumps(entry).encode() + b"\n")
+        line = json.dumps(entry).encode() + b"\n"
+        try:
+            while line:
+                line = line[os.write(self._journal, line) :]
+        except OSError as error:
+            raise writing_failed(self.path / JOURNAL, error) from error
 
     def publish(self) -> None:
         """Write the manifest and move the directory to its final name."""
+        try:
+            self._publish()
+        except OSError as error:
+            raise writing_failed(Path(error.filename or self.path), error) from error
+
+    def _publish(self) -> None:
         manifest = {
             "manifest_version": MANIFEST_VERSION,
             **self._identity,

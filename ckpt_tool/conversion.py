@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,6 @@ def carry_out(
     plan: Plan,
     reader: Reader,
     checkpoint: Checkpoint,
-    seen: Mapping[str, tuple[int, ...]],
     destination: Path,
     to: str,
     options: TargetOptions,
@@ -62,7 +60,6 @@ def carry_out(
     """Write ``plan`` under ``destination``, complete or not at all; a killed run is gone on with.
 
     Args:
-        seen: signatures of the source's files when they were planned with.
         verify_result: check the source's checksums first and compare the result before it is published.
 
     Raises:
@@ -96,12 +93,12 @@ def carry_out(
                 tensor for tensor in checkpoint.tensors if tensor.label() not in plan.layout.left_out
             )
             verdict = _verify_result(plan, staging.path, reader, kept, options, budget, how)
-        for path, signature in seen.items():
-            if reader.signature(path) != signature:
-                raise ExecutionError(
-                    f"{reader.root}/{path} changed while it was read. Nothing was published; run the "
-                    "command again once nothing writes to the source."
-                )
+        changed = reader.changed()
+        if changed is not None:
+            raise ExecutionError(
+                f"{reader.root}/{changed} changed while it was read. Nothing was published; run the "
+                "command again once nothing writes to the source."
+            )
         staging.publish()
     finally:
         staging.close()

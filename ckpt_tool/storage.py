@@ -41,8 +41,8 @@ class Reader(Protocol):
 
     def is_directory(self, path: str) -> bool: ...
 
-    def signature(self, path: str) -> tuple[int, ...]:
-        """Numbers that change when the file is replaced or written to, such as its time of change."""
+    def changed(self) -> str | None:
+        """A file that is not what it was when it was first read from here, if there is one."""
         ...
 
     def size(self, path: str) -> int:
@@ -80,6 +80,7 @@ class LocalReader:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = Path(root)
         self._open: OrderedDict[str, _Handle] = OrderedDict()
+        self._first: dict[str, tuple[int, ...]] = {}  # of every file, when it was first opened
         self._lock = threading.Lock()
 
     @property
@@ -97,12 +98,15 @@ class LocalReader:
     def is_directory(self, path: str) -> bool:
         return (self._root / path).is_dir()
 
-    def signature(self, path: str) -> tuple[int, ...]:
-        try:
-            found = os.stat(self._root / path)
-        except OSError as error:
-            raise UnreadableError(f"{self._root / path} is missing: {error.strerror}.") from error
-        return (found.st_ino, found.st_size, found.st_mtime_ns)
+    def changed(self) -> str | None:
+        for path, first in self._first.items():
+            try:
+                now = _signature(os.stat(self._root / path))
+            except OSError:
+                return path
+            if now != first:
+                return path
+        return None
 
     def size(self, path: str) -> int:
         with self._handle(path) as fd:
@@ -141,6 +145,7 @@ class LocalReader:
             handle = self._open.pop(path, None)
             if handle is None:
                 handle = _Handle(_open_for_reading(self._root / path))
+                self._first.setdefault(path, _signature(os.fstat(handle.fd)))
             self._open[path] = handle
             handle.acquire()
             if len(self._open) > _MAX_OPEN_FILES:
@@ -166,6 +171,11 @@ class _Handle:
         self._users -= 1
         if self._users == 0:
             os.close(self.fd)
+
+
+def _signature(found: os.stat_result) -> tuple[int, ...]:
+    """Changes when a file is replaced or written to; the time of writing alone can be set back."""
+    return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _open_for_reading(path: Path) -> int:
@@ -227,13 +237,19 @@ class LocalWriter:
             (self._root / path).unlink(missing_ok=True)
 
     def _failure(self, path: str, error: OSError) -> ExecutionError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(self._root).free
-            return ExecutionError(
-                f"{self._root / path}: the disk is full ({free} bytes free). Nothing was published; "
-                "free some space, or choose another destination, and run the command again."
-            )
-        return ExecutionError(f"{self._root / path}: writing failed: {error}")
+        return writing_failed(self._root / path, error)
+
+
+def writing_failed(path: Path, error: OSError) -> ExecutionError:
+    """What to tell the user of a file, or a name, that could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        existing = next(parent for parent in path.absolute().parents if parent.exists())
+        free = shutil.disk_usage(existing).free
+        return ExecutionError(
+            f"{path}: the disk is full ({free} bytes free). Nothing was published; "
+            "free some space, or choose another destination, and run the command again."
+        )
+    return ExecutionError(f"{path}: writing failed: {error}")
 
 
 def read_each(one: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -249,6 +250,92 @@ def test_a_source_that_changes_while_it_is_read_is_not_published(source: Path, t
     with pytest.raises(ExecutionError, match="changed while it was read"):
         api.convert(copy, tmp_path / "out", to="universal", how=api.Execution(meter=spy))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_is_written_to_with_its_old_time_is_not_published(
+    source: Path, tmp_path: Path
+) -> None:
+    """As rsync and cp do that keep times."""
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    touched = next(copy.rglob("*optim_states.pt"))
+    before = touched.stat()
+
+    def rewrite() -> None:
+        with touched.open("r+b") as file:
+            file.write(b"PK")
+        os.utime(touched, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    with pytest.raises(ExecutionError, match="changed while it was read"):
+        api.convert(copy, tmp_path / "out", to="universal", how=api.Execution(meter=Spy(rewrite)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_changes_while_it_is_planned_with_is_not_published(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    original = api.open_checkpoint
+
+    def opened(path: Path) -> object:
+        found = original(path)
+        os.utime(next(copy.rglob("*optim_states.pt")))
+        return found
+
+    monkeypatch.setattr(api, "open_checkpoint", opened)
+    with pytest.raises(ExecutionError, match="changed while it was read"):
+        api.convert(copy, tmp_path / "out", to="universal")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lock_on_a_journal_that_was_published_is_not_taken_for_the_directorys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the journal and locking it another run has published, and a third has begun."""
+    first = staged(tmp_path / "out")
+    original, calls = commit.fcntl.flock, []
+
+    def flock(descriptor: int, operation: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            first.publish()
+            first.close()
+            shutil.rmtree(tmp_path / "out")
+            (tmp_path / ".out.ckpt-tool-staging").mkdir()
+        original(descriptor, operation)
+
+    monkeypatch.setattr(commit.fcntl, "flock", flock)
+    second = staged(tmp_path / "out")
+    assert len(calls) == 2
+    assert os.path.samestat(os.fstat(second._journal), (second.path / commit.JOURNAL).stat())
+    second.close()
+
+
+@pytest.mark.parametrize("when", ["identity", "file", "manifest"])
+def test_a_disk_that_is_full_for_our_own_records_is_told_as_such(
+    when: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    original = os.write
+
+    def write(descriptor: int, data: bytes) -> int:
+        if (b'"parameters"' in data) == (when == "identity"):
+            raise full
+        return original(descriptor, data)
+
+    def write_text(path: Path, text: str) -> int:
+        raise full
+
+    with monkeypatch.context() as patch:
+        if when == "manifest":
+            patch.setattr(Path, "write_text", write_text)
+        else:
+            patch.setattr(commit.os, "write", write)
+        with pytest.raises(ExecutionError, match="the disk is full"):
+            api.convert(source, tmp_path / "out", to="universal")
+    assert not (tmp_path / "out").exists()
+    api.convert(source, tmp_path / "out", to="universal", verify=True)
 
 
 def test_a_second_run_never_takes_over_a_run_that_publishes(source: Path, tmp_path: Path) -> None:

@@ -103,8 +103,8 @@ class DecodingReader:
     def is_directory(self, path: str) -> bool:
         return self._inner.is_directory(path)
 
-    def signature(self, path: str) -> tuple[int, ...]:
-        return self._inner.signature(real_file(path))
+    def changed(self) -> str | None:
+        return self._inner.changed()
 
     def size(self, path: str) -> int:
         return self._inner.size(real_file(path))

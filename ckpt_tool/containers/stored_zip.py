@@ -98,12 +98,14 @@ class StoredZip:
         """The zip module takes the last archive of several, and skips what precedes or follows it."""
         end = directory[-_END.size :]
         ends = len(end) == _END.size and end[:4] == b"PK\x05\x06" and end[-2:] == b"\0\0"
-        if not ends or self._starts[:1] != [0] or count != len(self.records):
+        last = self._directory_at - LOCAL_HEADER.size
+        within = self._starts[:1] == [0] and self._starts[-1] <= last
+        if not ends or not within or count != len(self.records):
             raise UnreadableError(
                 f"{self.where}: {self.size} bytes from here on are not exactly one torch archive: its "
-                "first record does not begin there, it does not end there, or two records have one "
-                "name. The file or what says where its parts lie is damaged; copy it again from where it "
-                "was saved."
+                "first record does not begin there, it does not end there, a record lies outside, or "
+                "two records have one name. The file or what says where its parts lie is damaged; copy it "
+                "again from where it was saved."
             )
 
     def _fingerprint(self, directory: bytes) -> str:

@@ -1,8 +1,9 @@
 """Converting floats between dtypes without allocating, rounded as torch does: to nearest, ties to even.
 
 numpy does it because importing torch would cost more time and memory than most conversions take. bfloat16,
-which numpy does not know, is the upper half of a float32. NaNs become the quiet NaN 0x7fc0, as in torch's
-scalar code (c10/util/BFloat16.h); what torch's vector code makes of them differs between processors.
+which numpy does not know, is the upper half of a float32. NaNs stay NaNs, in bfloat16 the quiet NaN 0x7fc0,
+as in torch's scalar code (c10/util/BFloat16.h); what else torch makes of their payload differs between
+processors.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def cast(data: memoryview, source: DType, out: memoryview, target: DType) -> Non
         wide = np.frombuffer(out, np.uint32)
         np.copyto(wide, np.frombuffer(data, np.uint16))
         wide <<= 16
-    elif DType.bfloat16 not in (source, target) and {source, target} <= CASTABLE:
+    elif _is_direct(source, target) and {source, target} <= CASTABLE:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             values: Any = np.frombuffer(data, source.torch_name)
             np.copyto(np.frombuffer(out, target.torch_name), values, casting="same_kind")
@@ -39,6 +40,12 @@ def cast(data: memoryview, source: DType, out: memoryview, target: DType) -> Non
         _through_float32(data, source, out, target)
     else:
         raise ExecutionError(f"A cast from {source} to {target} is not supported.")
+
+
+def _is_direct(source: DType, target: DType) -> bool:
+    """Whether numpy knows both dtypes and rounds as torch does, which makes float16 of float64 in two steps
+    (c10/util/Half.h: a Half is constructed from a float)."""
+    return DType.bfloat16 not in (source, target) and (source, target) != (DType.float64, DType.float16)
 
 
 def refuse_overflow(data: memoryview, source: DType, out: memoryview) -> None:
@@ -66,7 +73,7 @@ def refuse_overflow(data: memoryview, source: DType, out: memoryview) -> None:
 
 
 def _through_float32(data: memoryview, source: DType, out: memoryview, target: DType) -> None:
-    """bfloat16 to or from a dtype other than float32, a small block at a time, as torch does it."""
+    """In two steps, a small block at a time, as torch does it."""
     block = memoryview(bytearray(_BLOCK * DType.float32.itemsize))
     for start in range(0, len(data) // source.itemsize, _BLOCK):
         count = min(_BLOCK, len(data) // source.itemsize - start)

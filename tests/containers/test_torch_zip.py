@@ -358,3 +358,14 @@ def test_an_archive_with_something_around_it_is_refused(
         UnreadableError, match=r"not exactly one torch archive|not a complete torch archive"
     ):
         opened(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("beyond", [0, 40, 1 << 20])
+def test_a_record_that_lies_outside_of_the_archive_is_refused(beyond: int, tmp_path: Path) -> None:
+    data = bytearray(saved({"a": torch.ones(2)}))
+    directory = data.find(b"PK\x01\x02")
+    entry = data.rfind(b"PK\x01\x02")
+    data[entry + 42 : entry + 46] = (directory + beyond).to_bytes(4, "little")
+    (tmp_path / "file.pt").write_bytes(data)
+    with pytest.raises(UnreadableError, match="a record lies outside"):
+        opened(tmp_path / "file.pt")

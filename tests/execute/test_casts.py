@@ -11,7 +11,7 @@ from ckpt_tool.errors import ExecutionError
 from ckpt_tool.execute.casts import cast
 
 TORCH = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16, DType.float16: torch.float16}
-BITS = {2: torch.int16, 4: torch.int32}
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _check(values: torch.Tensor, source: DType, target: DType) -> None:
@@ -51,6 +51,15 @@ def test_every_half_is_widened_exactly(source: DType) -> None:
 def test_every_half_becomes_the_other_kind_as_torch_makes_it(source: DType, target: DType) -> None:
     bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
     _check(bits.view(TORCH[source]), source, target)
+
+
+@pytest.mark.parametrize("target", [DType.bfloat16, DType.float16, DType.float32])
+def test_float64_is_rounded_as_torch_rounds_it(target: DType) -> None:
+    """To the halves in two steps: seen beside the middle of two of them, by less than a float32 shows."""
+    half = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
+    middle = (half[:-1] + half[1:]) / 2
+    values = np.concatenate([middle, middle * (1 + 2.0**-40), middle * (1 - 2.0**-40)])
+    _check(torch.from_numpy(values), DType.float64, target)
 
 
 def test_nothing_is_fine() -> None:

@@ -256,3 +256,16 @@ def test_tied_weights_of_a_composite_without_optimizer_are_one_tensor(tmp_path: 
     untied = {names[0]: weight, names[1]: torch.randn(8, 4)}
     dcp.save({"model": untied}, checkpoint_id=tmp_path / "untied", no_dist=True)
     assert not read(tmp_path / "untied")[1].aliases
+
+
+@pytest.mark.parametrize("style", ["plain", "accelerate", "transformers", "veomni"])
+def test_stacked_shared_experts_are_not_distributed(style: str, tmp_path: Path) -> None:
+    at = "model.layers.0.mlp"
+    stored = {
+        f"{at}.experts.gate_up_proj": torch.randn(4, 6, 8),
+        f"{at}.experts.down_proj": torch.randn(4, 8, 3),
+        f"{at}.shared_experts.down_proj": torch.randn(1, 8, 3),
+    }
+    source = _published("inkling_text", stored, tmp_path / "hub", n_routed_experts=4)
+    convert(source, tmp_path / "out", world=4, ep=2, style=style)
+    assert read(tmp_path / "out")[1].topology.ep_size == 2

@@ -382,8 +382,8 @@ class _Memory:
     def is_directory(self, path: str) -> bool:  # noqa: ARG002
         return False
 
-    def signature(self, path: str) -> tuple[int, ...]:  # noqa: ARG002
-        return (len(self._data),)
+    def changed(self) -> str | None:
+        return None
 
     def size(self, path: str) -> int:  # noqa: ARG002
         return len(self._data)

@@ -28,8 +28,8 @@ _TITAN = re.compile(
 )
 _ROOT = "model."  # what transformers has before `layers`, and torchtitan has not
 _PROJECTION = {"w1": GATE, "w3": UP, "w2": DOWN}
-# A stacked expert tensor of any naming: three dimensions, directly in a module `experts`.
-_STACKED = re.compile(r".*(?:^|[._])experts\.(?:\w+_proj|w[123](?:_\w+)?)")
+# A stacked tensor of routed experts of any naming: three dimensions, directly in a module `experts`.
+_STACKED = re.compile(r"(?!.*shared_experts\.).*(?:^|[._])experts\.(?:\w+_proj|w[123](?:_\w+)?)")
 
 TITAN_NAMES = {
     GATE: "{layer}.moe.routed_experts.inner_experts.w1_EFD",
