@@ -32,7 +32,13 @@ from ckpt_tool.formats.deepspeed.module_order import with_module_order
 from ckpt_tool.formats.hf.quantised import refuse_unreadable
 from ckpt_tool.formats.registry import TARGETS, locate, open_checkpoint
 from ckpt_tool.integrity import check, check_files
-from ckpt_tool.model_files import find_config, left_behind, read_config, read_json
+from ckpt_tool.model_files import (
+    check_same_family,
+    find_config,
+    left_behind,
+    read_config,
+    read_ds_config,
+)
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader
 
@@ -146,17 +152,23 @@ def convert(
             to = _own_target(checkpoint)
             _refuse_useless(to, given)
         model_config, extra = find_config(Path(source), config)
+        if config is not None and model_config is not None:
+            check_same_family(checkpoint.model_config, model_config)
         published = to == "hf" and checkpoint.format == TARGETS["hf"].name
         files_left = left_behind(Path(source), extra) if published else ()
         template = open(like) if like is not None else None
         refuse_unreadable(checkpoint.tensors)
+        if checkpoint.unresolved and to != "hf" and not weights_only:
+            raise UnreadableError(
+                f"{checkpoint.root}: {checkpoint.unresolved} Pass --weights-only to convert without it."
+            )
+        run_config = read_ds_config(Path(ds_config), to) if ds_config is not None else None
         if to == "dcp" and checkpoint.dialect == HUB and model_config is not None:
             check_config(checkpoint, family_of(model_config), model_config)
         if to in _DEEPSPEED:
             checkpoint = _under_module_names(checkpoint, model_config, template)
             if to != "universal" and template is None and not checkpoint.module_names:
-                run_config = read_json(Path(ds_config)) if ds_config is not None else {}
-                checkpoint = with_module_order(checkpoint, model_config or {}, run_config, ep or 1)
+                checkpoint = with_module_order(checkpoint, model_config or {}, run_config or {}, ep or 1)
         options = TargetOptions(
             dtype=parse_dtype(dtype),
             config=model_config,
@@ -168,7 +180,7 @@ def convert(
             like=template,
             style=style,
             hf_layout=hf_layout,
-            ds_config=read_json(Path(ds_config)) if ds_config is not None else None,
+            ds_config=run_config,
             weights_only=weights_only,
         )
         layout = TARGETS[to].layout(checkpoint, options)

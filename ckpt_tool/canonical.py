@@ -286,7 +286,8 @@ class Checkpoint:
     ``tensors`` are in the model's own order as far as the format tells it. ``aliases`` maps a
     further name of a tensor to the name it is listed under (tied weights). ``module_names`` are the
     keys of the module's state dict in its own order (aliases and buffers among them), where the format
-    records them. ``layout_hint`` is what the format's own writer needs to write the like again; nobody
+    records them. ``unresolved`` says why optimizer state that the checkpoint has is not among ``tensors``,
+    where that is so. ``layout_hint`` is what the format's own writer needs to write the like again; nobody
     else looks into it.
     """
 
@@ -302,6 +303,7 @@ class Checkpoint:
     aliases: Mapping[str, str] = field(default_factory=dict)
     model_config: Mapping[str, Any] | None = None
     module_names: tuple[str, ...] = ()
+    unresolved: str = ""
     layout_hint: Any = None
     notes: tuple[str, ...] = ()
 

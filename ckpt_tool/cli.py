@@ -57,7 +57,8 @@ VerifyResult = Annotated[
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", help="The model's config.json, or a directory with it; its tokenizer is carried over."
+        "--config",
+        help="The model's config.json, or the directory with it, whose tokenizer is carried over, too.",
     ),
 ]
 HfLayout = Annotated[
@@ -98,7 +99,12 @@ def inspect(
     src: Source,
     tensors: Annotated[
         str | None,
-        typer.Option("--tensors", metavar="[GLOB]", help="List tensors, those that match GLOB if given."),
+        typer.Option(
+            "--tensors",
+            metavar="[GLOB]",
+            help="List tensors, those whose name here matches GLOB if given; experts are stacks: "
+            "*.experts.*.gate.weight, or by number.",
+        ),
     ] = None,
     experts: Annotated[
         bool, typer.Option("--experts", help="Which rank and file holds which expert.")
@@ -119,6 +125,11 @@ def inspect(
     found = inspection.overview(checkpoint)
     tensor_rows = inspection.tensor_rows(checkpoint, tensors) if tensors is not None else None
     expert_rows = inspection.expert_rows(checkpoint) if experts else None
+    if expert_rows == []:
+        found["notes"].append(
+            "No routed experts are recognised. If the model has some, pass its config.json with --config, "
+            "which tells their names."
+        )
     copies: list[str] = []
     if check:
         with _progress("check", json) as progress:
@@ -357,7 +368,7 @@ def parse_size(text: str) -> int:
 def _progress(label: str, quiet: bool) -> Progress:
     from ckpt_tool.report import Progress
 
-    return Progress(label, quiet=quiet)
+    return Progress(label, quiet=quiet, resumable=label not in ("check", "verify"))
 
 
 def _execution(
@@ -398,6 +409,8 @@ def _print_result(result: Result, *, dry_run: bool, json: bool, quiet: bool) -> 
         ("written", report.human_bytes(result.bytes_written)),
         ("buffers", f"{report.human_bytes(result.peak_memory_bytes)} at most"),
     ]
+    if dry_run:
+        fields.append(("disk", f"{report.human_bytes(result.disk_bytes)} needed"))
     if result.casts:
         kinds = sorted({f"{source} -> {target}" for _, source, target in result.casts})
         fields.append(("cast", f"{len(result.casts)} tensors, {', '.join(kinds)}"))
@@ -409,7 +422,7 @@ def _print_result(result: Result, *, dry_run: bool, json: bool, quiet: bool) -> 
             (
                 "verified",
                 f"{result.verdict.tensors} tensors, {report.human_bytes(result.verdict.bytes_compared)}, "
-                "equal bit for bit",
+                f"equal {'after rounding' if result.casts else 'bit for bit'}",
             )
         )
     report.print_fields("Plan (nothing was written)" if dry_run else "Done", fields)
@@ -462,8 +475,6 @@ def main() -> None:
         traceback.print_exc()
         _complain("this is a bug in ckpt-tool; please report it with the lines above")
         sys.exit(4)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _complain(message: str) -> None:

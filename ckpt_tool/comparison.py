@@ -113,6 +113,8 @@ def compare(
     meter.start(sum(pair.a.nbytes for pair in checked))
     differences += _values(checked, readers, budget, meter)
     differences.sort()
+    if differences and all(difference.kind == "dtype" for difference in differences):
+        notes.append("Only dtypes differ; `convert --dtype ... --verify` compares values after rounding.")
     return Verdict(len(pairs), sum(pair.a.nbytes for pair in checked), tuple(differences), tuple(notes))
 
 

@@ -83,12 +83,14 @@ def _matches(tensor: Tensor, pattern: str) -> bool:
 
 
 def expert_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """One row per layer and expert: the EP rank that holds it, the global ranks of its EDP group, files."""
+    """One row per layer and expert: the EP rank that holds it, the global ranks of its EDP group, files.
+    The ranks are None and empty where nothing tells the EP size."""
     stacks: dict[str, Tensor] = {}
     for tensor in checkpoint.tensors:
         if isinstance(tensor.name, ExpertName):
             stacks.setdefault(tensor.name.layer_path, tensor)
     rows = []
+    known = checkpoint.topology.ep_size is not None
     for layer in checkpoint.moe_layers:
         stack = stacks.get(layer.layer_path)
         if stack is None:
@@ -102,7 +104,7 @@ def expert_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
                 {
                     "layer": int(layer.layer_path.rsplit(".", 1)[-1]),
                     "expert": expert,
-                    "ep_rank": holders[0] if len(holders) == 1 else (holders or None),
+                    "ep_rank": (holders[0] if len(holders) == 1 else (holders or None)) if known else None,
                     "edp_ranks": ranks,
                     "files": list(dict.fromkeys(real_file(run.file) for run in found)),
                 }

@@ -23,6 +23,8 @@ from ckpt_tool.geometry import check_disjoint, pieces
 from ckpt_tool.storage import Reader
 
 _NO_SUMS = ".safetensors"
+# What a loader would take for a part of the checkpoint.
+_DATA = (".safetensors", ".index.json", ".distcp", ".metadata", ".pt", ".pth", ".bin")
 
 
 def check(
@@ -38,7 +40,8 @@ def check(
     differences = [*_coverage(checkpoint), *_copies(checkpoint, reader, budget)]
     work, notes = _archives(checkpoint, reader)
     if manifest is not None:
-        stretches, found = _manifest(manifest, manifest_reader)
+        stretches, found, others = _manifest(manifest, manifest_reader)
+        notes += others
         work, differences = [*stretches, *work], [*differences, *found]
     elif work:
         notes.append(f"No {MANIFEST}: contents were checked against the archives' own CRC-32.")
@@ -54,9 +57,9 @@ def check(
 
 def check_files(manifest: Manifest, reader: Reader, budget: Budget, *, meter: Meter) -> Verdict:
     """Check the manifest's checksums alone, for a directory that is too damaged to be read."""
-    work, differences = _manifest(manifest, reader)
+    work, differences, notes = _manifest(manifest, reader)
     _compare(work, differences, budget, meter)
-    return Verdict(0, sum(stretch.length for stretch in work), tuple(sorted(differences)), ())
+    return Verdict(0, sum(stretch.length for stretch in work), tuple(sorted(differences)), tuple(notes))
 
 
 def _compare(work: list[_Stretch], differences: list[Difference], budget: Budget, meter: Meter) -> None:
@@ -103,7 +106,8 @@ class _Stretch(NamedTuple):
     crc: int | None
 
 
-def _manifest(manifest: Manifest, reader: Reader) -> tuple[list[_Stretch], list[Difference]]:
+def _manifest(manifest: Manifest, reader: Reader) -> tuple[list[_Stretch], list[Difference], list[str]]:
+    """What it has checksums of, what is wrong at first sight, and notes."""
     stretches: list[_Stretch] = []
     differences: list[Difference] = []
     for file in manifest.files:
@@ -116,12 +120,17 @@ def _manifest(manifest: Manifest, reader: Reader) -> tuple[list[_Stretch], list[
             message = f"{file.path} is missing or not of {file.size} bytes, which {MANIFEST} states"
             differences.append(Difference("checksum", file.path, message))
     listed = {file.path for file in manifest.files} | {MANIFEST, JOURNAL}
+    added = [path for path in _all_files(reader) if path not in listed]
     differences += [
         Difference("extra", path, f"{path} is not in {MANIFEST}: it was added afterwards")
-        for path in _all_files(reader)
-        if path not in listed
+        for path in added
+        if path.endswith(_DATA)
     ]
-    return stretches, differences
+    beside = [path for path in added if not path.endswith(_DATA)]
+    notes = (
+        [f"Added after the manifest was written, and not checked: {', '.join(beside)}."] if beside else []
+    )
+    return stretches, differences, notes
 
 
 def _archives(checkpoint: Checkpoint, reader: Reader) -> tuple[list[_Stretch], list[str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ckpt_tool.commit import MANIFEST
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
+from ckpt_tool.families import family_of
 from ckpt_tool.formats.registry import locate
 
 # Beside its weights, what a published model directory consists of.
@@ -21,6 +22,16 @@ _CARRIED_OVER = re.compile(
     r"\.json$"
 )
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+# One of these at least is in every DeepSpeed config (deepspeed 0.19.8, runtime/config.py), which is refused
+# without a batch size.
+_DS_FIELDS = frozenset(
+    {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "zero_optimization",
+    }
+)
 _LARGEST = 64 << 20  # bytes; they are held in memory, and no tokenizer is larger
 
 
@@ -51,6 +62,23 @@ def read_config(path: Path) -> Mapping[str, Any]:
     return config
 
 
+def check_same_family(own: Mapping[str, Any] | None, given: Mapping[str, Any]) -> None:
+    """Raises MismatchError where a checkpoint's own config.json is of another family than the one given."""
+    if own is None:
+        return
+    try:
+        family = family_of(own)
+    except UsageError:
+        return
+    other = family_of(given)
+    if other is not family:
+        raise MismatchError(
+            f"--config describes a model of the family {other.name} ({given.get('model_type')}), the "
+            f"checkpoint's own config.json one of {family.name} ({own.get('model_type')}). Pass the "
+            "config.json of the model that was trained, or none."
+        )
+
+
 def read_json(file: Path) -> Mapping[str, Any]:
     """A JSON object; UsageError where there is no file, UnreadableError where it holds something else."""
     try:
@@ -62,6 +90,21 @@ def read_json(file: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise UnreadableError(f"{file} holds no JSON object.")
     return value
+
+
+def read_ds_config(file: Path, to: str) -> Mapping[str, Any]:
+    """A DeepSpeed config for the target ``to``; UsageError where it is none, or of another stage."""
+    config = read_json(file)
+    if not _DS_FIELDS & config.keys():
+        raise UsageError(
+            f"{file} is no DeepSpeed config: it has none of {', '.join(sorted(_DS_FIELDS))}. --ds-config "
+            "takes the JSON that deepspeed.initialize gets; a model's config.json is passed with --config."
+        )
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if type(stage) is int and to in ("zero1", "zero2", "zero3") and to != f"zero{stage}":
+        raise UsageError(f"{file} has ZeRO stage {stage}, the target is {to}. Correct one of the two.")
+    return config
 
 
 def left_behind(source: Path, carried: Mapping[str, bytes]) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ _PERIOD = 10.0  # seconds between lines where there is no terminal
 class Progress:
     """Bytes done, rate and time left: a bar on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self, label: str, *, quiet: bool = False) -> None:
-        self._label, self._quiet = label, quiet
+    def __init__(self, label: str, *, quiet: bool = False, resumable: bool = True) -> None:
+        self._label, self._quiet, self._resumable = label, quiet, resumable
         self._lock = threading.Lock()
         self._done = self._total = 0
         self._bar: Any = None
@@ -62,8 +62,8 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        if kind is KeyboardInterrupt:
-            say("ckpt-tool: interrupted; nothing was published, and the same command goes on from here")
+        if kind is KeyboardInterrupt and self._resumable:
+            say("ckpt-tool: nothing was published, and the same command goes on from here")
 
 
 def human_bytes(count: float) -> str:

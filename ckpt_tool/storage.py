@@ -182,7 +182,9 @@ def _open_for_reading(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise UnreadableError(f"{path} is missing.") from error
+        raise UnreadableError(
+            f"{path} is missing. Copy it from where the checkpoint was saved, all of its files together."
+        ) from error
     except OSError as error:
         raise UnreadableError(f"{path} cannot be opened: {error.strerror}.") from error
 

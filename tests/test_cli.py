@@ -183,7 +183,7 @@ def test_found_equal_is_0_and_found_wrong_is_1(run: Runner) -> None:
 
 INTERRUPTED = """
 import signal, sys
-from ckpt_tool import cli, storage
+from ckpt_tool import __main__, storage
 
 real = storage.LocalWriter.write
 
@@ -193,7 +193,7 @@ def write(self, path, offset, data):
 
 storage.LocalWriter.write = write
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-cli.main()
+__main__.main()
 """
 
 
@@ -207,7 +207,44 @@ def test_an_interrupt_is_130_and_publishes_nothing(tmp_path: Path) -> None:
     assert done.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in done.stderr
     assert "interrupted" in done.stderr
+    assert "the same command goes on from here" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_while_modules_are_imported_is_told_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, "-c", "from ckpt_tool.__main__ import main; main()", "families"],
+        capture_output=True,
+        text=True,
+        env=child_env() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{child_env()['PYTHONPATH']}"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "ckpt-tool: interrupted\n")
+
+
+def test_an_interrupted_check_does_not_speak_of_publishing(tmp_path: Path) -> None:
+    script = INTERRUPTED.replace("LocalWriter.write", "LocalReader.read_into").replace(
+        "path, offset, data", "*a"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "verify", MIXTRAL], capture_output=True, text=True, env=child_env()
+    )
+    assert done.returncode in (130, -signal.SIGINT)
+    assert done.stderr.endswith("interrupted\n")
+    assert "publish" not in done.stderr
+
+
+def test_who_has_read_enough_ends_the_command_as_any_other() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "ckpt_tool", "families"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env=child_env(),
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
 
 
 # ---- streams
@@ -382,12 +419,64 @@ def test_a_dry_run_says_that_nothing_was_written(run: Runner, tmp_path: Path) ->
 
 def test_inspect_tells_stacked_experts_apart_by_a_config(run: Runner) -> None:
     source = DCP_CHECKPOINTS["mixtral_accelerate_w2"]
-    assert json.loads(run("inspect", source, "--experts", "--json").stdout)["experts"] == []
+    without = json.loads(run("inspect", source, "--experts", "--json").stdout)
+    assert without["experts"] == []
+    assert any("pass its config.json with --config" in note for note in without["notes"])
     done = run("inspect", source, "--experts", "--json", "--config", source.parent)
     found = json.loads(done.stdout)
     assert [(row["layer"], row["expert"]) for row in found["experts"]] == [(0, e) for e in range(4)]
+    assert not any("No routed experts" in note for note in found["notes"])
     assert (found["moe_layers"], found["experts_per_layer"]) == (1, 4)
     assert all(row["files"] for row in found["experts"])
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["--config", "beside"])
+@pytest.mark.parametrize(
+    ("name", "options", "ranks"),
+    [
+        ("mixtral_accelerate_w2", (), [None] * 4),  # experts are sharded, but not by EP
+        ("mixtral_accelerate_w2", ("--world", "4", "--ep", "2"), [0, 0, 1, 1]),
+    ],
+)
+def test_ep_ranks_of_experts_do_not_depend_on_where_the_config_lies(
+    name: str, options: tuple[str, ...], ranks: list[Any], beside: bool, run: Runner, tmp_path: Path
+) -> None:
+    source = DCP_CHECKPOINTS[name]
+    target = tmp_path / "out"
+    done = run("convert", source, target, "--to", "dcp", *options)
+    assert done.rc == 0, done.stderr
+    config = source.parent / "config.json"
+    if beside:
+        shutil.copy(config, target / "config.json")
+    done = run("inspect", target, "--experts", "--json", *(() if beside else ("--config", config)))
+    assert [row["ep_rank"] for row in json.loads(done.stdout)["experts"]] == ranks
+
+
+def test_the_directory_above_some_checkpoints_names_them(run: Runner, tmp_path: Path) -> None:
+    tag = copy_fixture("mixtral_w2e1", tmp_path)
+    (tag.parent / "latest").unlink()
+    done = run("inspect", tag.parent)
+    assert done.rc == 3
+    assert f"for example {tag}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"model_type": "mixtral", "hidden_size": 64}, "is no DeepSpeed config"),
+        (
+            {"train_batch_size": 8, "zero_optimization": {"stage": 2}},
+            "has ZeRO stage 2, the target is zero3",
+        ),
+    ],
+)
+def test_a_ds_config_that_is_another_files_or_of_another_stage_is_refused(
+    content: dict[str, Any], words: str, run: Runner, tmp_path: Path
+) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    done = run("convert", MIXTRAL, tmp_path / "out", "--to", "zero3", "--ds-config", tmp_path / "ds.json")
+    assert done.rc == 2
+    assert words in done.stderr
 
 
 def test_consolidate_into_transformers_own_layout(run: Runner, tmp_path: Path) -> None:

@@ -573,6 +573,16 @@ def test_verify_finds_a_file_that_was_added(converted: Path, tmp_path: Path) -> 
     assert any("model.added.weight" in difference.message for difference in verdict.differences)
 
 
+def test_verify_says_which_files_it_has_no_checksums_of(converted: Path, tmp_path: Path) -> None:
+    """A config.json is to be put beside a checkpoint; no engine takes it for a part of it."""
+    target = tmp_path / "out"
+    shutil.copytree(converted, target)
+    (target / "config.json").write_text("{}")
+    verdict = api.verify(target)
+    assert verdict.passed
+    assert "Added after the manifest was written, and not checked: config.json." in verdict.notes
+
+
 def test_verify_accepts_what_was_converted(converted: Path) -> None:
     verdict = api.verify(converted)
     assert verdict.passed

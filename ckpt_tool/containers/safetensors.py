@@ -58,7 +58,7 @@ class SafetensorsFile:
         if length > _MAX_HEADER or 8 + length > size:
             raise UnreadableError(
                 f"{where}: the header claims {length} bytes in a file of {size}. Not a safetensors "
-                "file, or a truncated one."
+                "file, or a truncated one, or a pointer of git-lfs whose file was not pulled."
             )
         raw = reader.read(path, 8, length)
         header = _parse(raw, where)

@@ -36,6 +36,10 @@ _FORMS = ("hub", "fused", "also")
 _TEXT_CONFIGS = ("text_config", "thinker_config", "llm_config", "language_config")
 
 
+# Layouts by pattern, and those by what the pattern ends in, which is quick to look at.
+_ByTail = tuple[tuple[str, tuple[tuple[str, tuple[Stored, ...]], ...]], ...]
+
+
 class Match(NamedTuple):
     """What a stored name may stand for: its possible layouts, the layer's path as named, the expert's id
     (None for a stack of all), and the number that stands in the name."""
@@ -236,8 +240,27 @@ def _renamed(name: str, pattern: str, target: str) -> str | None:
     return target.format(layer=groups.get("layer")).replace("*", groups.get("rest") or "*")
 
 
+def is_strange_expert(name: str, family: Family) -> bool:
+    """Whether a stored name is that of an expert tensor in some family, and not in this one."""
+    return _is_expert(name, _everyones()) and not _is_expert(name, _by_tail(family))
+
+
+def _is_expert(name: str, by_tail: _ByTail) -> bool:
+    return any(
+        name.endswith(tail) and any(compiled(pattern).fullmatch(name) for pattern, _ in layouts)
+        for tail, layouts in by_tail
+    )
+
+
 @cache
-def _tails(forms: tuple[Stored, ...]) -> tuple[tuple[str, tuple[tuple[str, tuple[Stored, ...]], ...]], ...]:
+def _everyones() -> _ByTail:
+    return _tails(
+        tuple(stored for family in families() for stored in (*family.hub, *family.fused, *family.also))
+    )
+
+
+@cache
+def _tails(forms: tuple[Stored, ...]) -> _ByTail:
     by_pattern: dict[str, list[Stored]] = {}
     for stored in forms:
         same = by_pattern.setdefault(stored.pattern, [])
@@ -249,8 +272,7 @@ def _tails(forms: tuple[Stored, ...]) -> tuple[tuple[str, tuple[tuple[str, tuple
     return tuple((tail, tuple(layouts)) for tail, layouts in tails.items())
 
 
-def _by_tail(family: Family) -> tuple[tuple[str, tuple[tuple[str, tuple[Stored, ...]], ...]], ...]:
-    """All patterns of a family by what their names end in, which is quick to look at."""
+def _by_tail(family: Family) -> _ByTail:
     return _tails((*family.hub, *family.fused, *family.also))
 
 
@@ -313,7 +335,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
             return known[model_type]
     raise UsageError(
         f"config.json has model_type {text or own!r}, whose expert names and layout ckpt-tool does not "
-        f"know, and it does not guess them. Known: {', '.join(sorted(known))}."
+        "know, and it does not guess them. `ckpt-tool families` lists what it knows."
     )
 
 

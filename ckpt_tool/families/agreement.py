@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_tool.canonical import DOWN, Checkpoint, ExpertName, Tensor, TensorName
 from ckpt_tool.errors import MismatchError
-from ckpt_tool.families import Family, of_all_layers, stated, text_config
+from ckpt_tool.families import Family, is_strange_expert, of_all_layers, stated, text_config
 from ckpt_tool.families.forms import compiled
 
 _EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|word_embeddings|embeddings|wte)\.weight")
@@ -28,11 +28,22 @@ def check_config(checkpoint: Checkpoint, family: Family, config: Mapping[str, An
     for key in ("experts", "expert_size"):
         _size_of_all(text, family.config.get(key, ()))
     values = {tensor.name: tensor for tensor in checkpoint.values()}
+    _check_names(values, family)
     _check_layers(values, family, text)
     _check_experts(values, family, text)
     _check_blocks(values, family)
     _check_embeddings(checkpoint, values, family, config)
     _check_rows(values, family, text)
+
+
+def _check_names(values: Mapping[TensorName, Tensor], family: Family) -> None:
+    """No expert tensor is left that this family does not know and another does."""
+    for name in values:
+        if isinstance(name, str) and not name.startswith(family.apart) and is_strange_expert(name, family):
+            raise MismatchError(
+                f"{name} is named like the experts of other families, and the family {family.name} has no "
+                "such tensor. Is this the config.json of another model?"
+            )
 
 
 def _check_rows(values: Mapping[TensorName, Tensor], family: Family, text: Mapping[str, Any]) -> None:

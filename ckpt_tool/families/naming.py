@@ -43,7 +43,7 @@ def to_hub(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any] | N
     if checkpoint.dialect == HUB:
         return checkpoint
     if checkpoint.dialect == "autoep" and checkpoint.moe_layers and family.autoep_wrong:
-        raise UnreadableError(f"{checkpoint.root}: {family.autoep_wrong}")
+        raise UnreadableError(f"{checkpoint.root}: {family.autoep_wrong}. It cannot be converted back.")
     checkpoint = _publishable(checkpoint, family)
     blocks = tuple(f"{layer.module}." for layer in checkpoint.moe_layers)
 
@@ -78,7 +78,11 @@ def to_hub(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any] | N
             taken_apart[tensor.name] = tuple(part.name for part in parts)
             first = parts[0].name
             if isinstance(first, ExpertName) and first.layer_path not in layers:
-                layers[first.layer_path] = moe_layer(first.layer_path, parts[0].shape[0], family)
+                count = parts[0].shape[0]
+                layers[first.layer_path] = replace(
+                    moe_layer(first.layer_path, count, family),
+                    holders=_even(count, checkpoint.topology.ep_size),
+                )
             tensors += parts
         elif isinstance(tensor.name, ExpertName):
             tensors.append(tensor)
@@ -118,6 +122,12 @@ def to_hub(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any] | N
         moe_layers=tuple(layers.values()),
         training=replace(checkpoint.training, param_groups=groups),
     )
+
+
+def _even(experts: int, ep: int | None) -> tuple[tuple[int, ...], ...]:
+    """The experts of each EP rank, as FSDP2 runs have them; none where the EP size is not known."""
+    size = experts // ep if ep else 0
+    return tuple(tuple(range(rank * size, (rank + 1) * size)) for rank in range(ep or 0))
 
 
 def _by_state(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:

@@ -91,6 +91,17 @@ def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
                 reader.close()
                 raise
     names = reader.list()
+    inside = [
+        name
+        for name in names
+        if reader.is_directory(name)
+        and any(candidate.recognises(LocalReader(directory / name)) for candidate in SOURCES)
+    ]
+    if inside:
+        raise UnreadableError(
+            f"{directory} is no checkpoint, but holds some: {', '.join(inside[:5])}. Pass the one you "
+            f"mean, for example {directory / inside[-1]}."
+        )
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
     raise UnreadableError(
         f"{directory} is no checkpoint ckpt-tool reads (it holds {shown}). Read are: "

@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from ckpt_tool import api
 from ckpt_tool.canonical import WEIGHT, Role
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.formats.dcp.reader import ONLY_HERE
@@ -133,8 +134,11 @@ def test_optimizer_state_under_another_name_is_refused(listed: bool, tmp_path: P
     model = parameters()
     beside = {"optimizers": [optimizer(model)] * 2} if listed else {"model_optimizer": optimizer(model)}
     save({"model": model, **beside}, tmp_path)
-    with pytest.raises(UnreadableError, match="looks like an optimizer's"):
-        read(tmp_path)
+    checkpoint = read(tmp_path)[1]
+    assert {tensor.name for tensor in checkpoint.tensors} == set(model)
+    assert "looks like an optimizer's" in checkpoint.unresolved
+    with pytest.raises(UnreadableError, match=r"looks like an optimizer's.*Pass --weights-only"):
+        api.reshard(tmp_path, tmp_path / "out", world=2)
 
 
 def test_an_optimizer_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
+from ckpt_tool import api
 from ckpt_tool.errors import CoverageError, MismatchError, UnreadableError, UnsafePickleError, UsageError
 from ckpt_tool.formats.dcp.contents import read_directory
 from ckpt_tool.formats.registry import open_checkpoint
@@ -290,11 +291,15 @@ def test_optimizer_state_of_no_parameter(tmp_path: Path) -> None:
 
 def test_optimizer_state_keyed_by_number(tmp_path: Path) -> None:
     state = {0: {"exp_avg": torch.ones(2)}}
+    source = tmp_path / "c"
     dcp.save(
-        {"model": {"w": torch.ones(2)}, "optimizer": {"state": state}}, checkpoint_id=tmp_path, no_dist=True
+        {"model": {"w": torch.ones(2)}, "optimizer": {"state": state}}, checkpoint_id=source, no_dist=True
     )
-    with pytest.raises(UnreadableError, match="keyed by number"):
-        read(tmp_path)
+    assert "keyed by number" in read(source)[1].unresolved
+    with pytest.raises(UnreadableError, match=r"keyed by number.*Pass --weights-only"):
+        api.reshard(source, tmp_path / "out", world=2)
+    api.reshard(source, tmp_path / "out", world=2, weights_only=True)
+    assert [(t.name, t.state) for t in read(tmp_path / "out")[1].tensors] == [("w", "weight")]
 
 
 def test_optimizer_state_of_another_shape(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ckpt_tool import api
 from ckpt_tool.canonical import DType
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from tests.formats.hub_files import Tensors, convert, equal, experts, noise, plan_for, read, write
@@ -786,6 +787,24 @@ def mixtral(tmp_path: Path, **changes: Any) -> Path:
         for name, shape in (("w1", (I, H)), ("w3", (I, H)), ("w2", (H, I)))
     }
     return write(tmp_path / "hub", config, stored)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_next", "gpt_oss", "dbrx"])
+def test_experts_that_a_config_does_not_know_are_refused(kind: str, tmp_path: Path) -> None:
+    """They would be written under their names as if they were other tensors, and lost on loading."""
+    path = mixtral(tmp_path)
+    config = json.loads((path / "config.json").read_text()) | {"model_type": kind}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MismatchError, match="named like the experts of other families"):
+        plan_for(path)
+
+
+def test_a_config_of_another_family_than_the_checkpoints_own_is_refused(tmp_path: Path) -> None:
+    path = mixtral(tmp_path)
+    other = tmp_path / "config.json"
+    other.write_text(json.dumps(json.loads((path / "config.json").read_text()) | {"model_type": "phimoe"}))
+    with pytest.raises(MismatchError, match=r"of the family phimoe.*own config.json one of mixtral"):
+        api.convert(path, tmp_path / "out", to="hf", hf_layout="fused", config=other)
 
 
 def test_config_of_another_size_is_refused(tmp_path: Path) -> None:

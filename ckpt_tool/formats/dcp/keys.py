@@ -72,7 +72,8 @@ def joined(path: Path) -> tuple[str, Path]:
 class Sorted:
     """The entries by meaning: those of the model and of its optimizer, options of parameter groups, other
     objects and other tensors (random states, averaged weights), which stay under their keys.
-    ``model_objects`` are what modules keep beside their tensors, by name (``get_extra_state``)."""
+    ``model_objects`` are what modules keep beside their tensors, by name (``get_extra_state``).
+    ``unresolved`` says why optimizer state is among the others, where it is."""
 
     model_root: Path = ()
     optimizer_root: Path = ("optimizer",)
@@ -84,6 +85,7 @@ class Sorted:
     others: dict[str, Any] = field(default_factory=dict)
     other_tensors: dict[str, Held] = field(default_factory=dict)
     model_objects: dict[str, Any] = field(default_factory=dict)
+    unresolved: str = ""
 
     @property
     def has_optimizer(self) -> bool:
@@ -97,8 +99,7 @@ def sort_entries(contents: Contents, root: str, *, with_model: bool = True) -> S
         with_model: whether the model is among them (transformers keeps it in safetensors).
 
     Raises:
-        UnreadableError: the optimizer state is keyed by number, stands where it is not known, or there is
-            more than one optimizer or model.
+        UnreadableError: there is more than one optimizer or model.
         MismatchError: a parameter of the optimizer is not in the model.
     """
     found = Sorted()
@@ -106,22 +107,20 @@ def sort_entries(contents: Contents, root: str, *, with_model: bool = True) -> S
     rest: dict[str, Held] = {}
     roots: dict[str, str] = {}
     numbered = any(_LIST_OF_GROUP.fullmatch(key) for key in contents.objects)
-    for key, value in [*contents.tensors.items(), *contents.objects.items()]:
+    entries = [*contents.tensors.items(), *contents.objects.items()]
+    found.unresolved = next((why for key, _ in entries if (why := _unresolved(key, contents.paths))), "")
+    for key, value in entries:
         match = None if _is_models(key, contents.paths) else _OPTIMIZER.fullmatch(key)
-        if match is None:
-            _refuse_optimizer(key, root)
-            if isinstance(value, Held):
-                rest[key] = value
-            else:
+        if match is None or found.unresolved:
+            if not isinstance(value, Held):
                 found.others[key] = value
+            elif match is not None or _is_strange_optimizers(key):
+                found.other_tensors[key] = value
+            else:
+                rest[key] = value
             continue
         roots.setdefault(match["root"], key)
         name, _, last = match["rest"].rpartition(".")
-        if name.isdecimal() and match["kind"] == "state":
-            raise UnreadableError(
-                f"{root}: optimizer state is keyed by number ({key}), which only the run that saved it can "
-                "resolve. Save it with torch.distributed.checkpoint.state_dict.get_optimizer_state_dict."
-            )
         if match["kind"] == "param_groups":
             if numbered:  # an option may itself be a dict, whose keys are joined on
                 name, _, last = match["rest"].partition(".")
@@ -139,7 +138,7 @@ def sort_entries(contents: Contents, root: str, *, with_model: bool = True) -> S
     if with_model:
         _split_model(found, rest, contents.paths, root)
     else:
-        found.other_tensors = rest
+        found.other_tensors |= rest
     return found
 
 
@@ -149,13 +148,28 @@ def _is_models(key: str, paths: Mapping[str, Path]) -> bool:
     return any(path[: len(known)] == known for known in _MODEL_ROOTS)
 
 
-def _refuse_optimizer(key: str, root: str) -> None:
-    if _LIKE_OPTIMIZER.fullmatch(key) and key.split(".")[0] not in _BESIDE:
-        raise UnreadableError(
-            f"{root}: {key} looks like an optimizer's, but optimizer state is read only where it is saved "
-            "as `optimizer`, `optimizers` or `optim` and then `state` and `param_groups`. Save it there, "
-            "one optimizer for the model."
+def _unresolved(key: str, paths: Mapping[str, Path]) -> str:
+    """Why an entry keeps the optimizer's state from being understood; empty where it does not."""
+    if _is_models(key, paths):
+        return ""
+    match = _OPTIMIZER.fullmatch(key)
+    if match is None and _is_strange_optimizers(key):
+        return (
+            f"{key} looks like an optimizer's, but optimizer state is read only where it is saved as "
+            "`optimizer`, `optimizers` or `optim` and then `state` and `param_groups`, one optimizer for "
+            "the model."
         )
+    if match and match["kind"] == "state" and match["rest"].rpartition(".")[0].isdecimal():
+        return (
+            f"Optimizer state is keyed by number ({key}), which only the run that saved it can resolve; "
+            "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict keys it by name."
+        )
+    return ""
+
+
+def _is_strange_optimizers(key: str) -> bool:
+    """Whether optimizer state stands where it is not known."""
+    return bool(_LIKE_OPTIMIZER.fullmatch(key)) and key.split(".")[0] not in _BESIDE
 
 
 def _path_of(text: str) -> Path:

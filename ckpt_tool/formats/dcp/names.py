@@ -19,7 +19,7 @@ from ckpt_tool.canonical import (
 )
 from ckpt_tool.containers.torch_zip import Inline
 from ckpt_tool.errors import MismatchError, UsageError
-from ckpt_tool.families import FUSED_FORM, Family, family_of, stated, text_config
+from ckpt_tool.families import FUSED_FORM, Family, families, family_of, stated, text_config
 from ckpt_tool.families.forms import compiled
 from ckpt_tool.families.naming import Entry, entries, to_hub
 from ckpt_tool.formats.dcp.experts import TITAN_NAMES, titan_layer
@@ -291,6 +291,10 @@ def _namer(checkpoint: Checkpoint, dialect: str, config: Mapping[str, Any] | Non
     family = family_of(found)
     if dialect == TITAN:
         if not family.torchtitan:
-            raise UsageError(f"torchtitan's names for the family {family.name} are not known.")
+            known = ", ".join(one.name for one in families() if one.torchtitan)
+            raise UsageError(
+                f"torchtitan's names for the family {family.name} are not known, but for {known}. Choose "
+                "another --style."
+            )
         return _Titan(to_hub(checkpoint, family, found), family, found)
     return _InMemory(to_hub(checkpoint, family, found), family)

@@ -130,6 +130,9 @@ class _Catalogue:
         self._beside = find_beside(reader)
         if note := self._beside.note():
             self._notes.append(note)
+        self._unresolved = found.sorted.unresolved
+        if self._unresolved:
+            self._notes.append(f"{self._unresolved} The weights are all there.")
         if kept := [*found.sorted.other_tensors, *found.sorted.model_objects]:
             self._notes.append(f"{ONLY_HERE} {_listed(kept)}.")
         listed = {fqn for _, names in self._entries.groups for fqn in names}
@@ -169,6 +172,7 @@ class _Catalogue:
             moe_layers=layers_of(named.tensors, names, model, ep),
             aliases=aliases,
             model_config=self._config,
+            unresolved=self._unresolved,
             layout_hint=Hint(
                 self._found.scheme,
                 self._found.contents.tensors,

@@ -53,7 +53,7 @@ SCHEMES: Mapping[str, Scheme] = {
 
 def make_layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
     """The files of the target; raises UsageError where the options do not make sense together."""
-    _check_options(options)
+    _check_options(checkpoint, options)
     if options.like is not None:
         return like_layout(checkpoint, options)
     world, ep = _topology(checkpoint, options)
@@ -65,11 +65,11 @@ def make_layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
     return builder.layout()
 
 
-def _check_options(options: TargetOptions) -> None:
-    if options.dtype is not None and not options.weights_only:
+def _check_options(checkpoint: Checkpoint, options: TargetOptions) -> None:
+    if options.dtype is not None and not options.weights_only and _has_optimizer(checkpoint):
         raise UsageError(
-            "FSDP2 trains from the fp32 parameters and casts them itself; --dtype applies to DCP only "
-            "together with --weights-only."
+            "FSDP2 trains from the fp32 parameters and casts them itself; with optimizer state --dtype "
+            "applies to DCP only together with --weights-only."
         )
     if options.like is not None:
         if not isinstance(options.like.layout_hint, Hint):
@@ -128,7 +128,8 @@ def _topology(checkpoint: Checkpoint, options: TargetOptions) -> tuple[int, int]
         known = checkpoint.topology.ep_size or 1
         ep = known if world % known == 0 else 1
     if world < 1 or ep < 1 or world % ep:
-        raise UsageError(f"--world {world} is not a multiple of --ep {ep}.")
+        given = f"--world {world}" if options.world else f"The source's world, {world} without --world,"
+        raise UsageError(f"{given} is not a multiple of --ep {ep}. Pass a --world that is.")
     return world, ep
 
 

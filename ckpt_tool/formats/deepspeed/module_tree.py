@@ -38,8 +38,8 @@ def state_dict_names(config: Mapping[str, Any]) -> tuple[list[str], set[str]]:
     if answer.get("missing"):
         raise UsageError(
             "The source does not record the order of parameters. Install transformers (pip install "
-            "'ckpt-tool[transformers]'), which tells it, or pass --like with a checkpoint that the target "
-            "run saved itself."
+            "transformers), which tells it, or pass --like with a checkpoint that the target run saved "
+            "itself."
         )
     why = answer.get("error") or " ".join(child.stderr.splitlines()[-1:])
     raise UsageError(

@@ -213,8 +213,8 @@ def _notes(checkpoint: Checkpoint, options: TargetOptions) -> tuple[str, ...]:
     training = checkpoint.training
     if all(tensor.state == WEIGHT for tensor in checkpoint.tensors):
         notes.append(
-            "The source holds no optimizer state: load with load_module_only=True, or with "
-            "load_optimizer_states=False."
+            "There is no optimizer state: load with load_checkpoint(..., load_module_only=True, "
+            "load_optimizer_states=False)."
         )
     if any(s == STEP and scalar.dtype for (_, s), scalar in checkpoint.scalars.items()):
         notes.append(_INEXACT)

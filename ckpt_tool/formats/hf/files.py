@@ -105,7 +105,9 @@ def _files(reader: Reader) -> dict[str, set[str] | None]:
             expected.add(name)
     for path in files:
         if path not in names:
-            raise UnreadableError(f"{reader.root}/{path} is missing; {INDEX} names it.")
+            raise UnreadableError(
+                f"{reader.root}/{path} is missing; {INDEX} names it. Copy or download it again."
+            )
     _check_series(reader, list(files), names)
     return files
 
