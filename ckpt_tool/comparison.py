@@ -31,7 +31,18 @@ from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.execute.threads import in_parallel
 from ckpt_tool.families import family_of
 from ckpt_tool.families.naming import to_hub
-from ckpt_tool.geometry import Piece, block_numel, check_disjoint, clip, cut, pieces
+from ckpt_tool.geometry import (
+    Axis,
+    Piece,
+    along_in_file,
+    block_numel,
+    check_disjoint,
+    clip,
+    cut,
+    pieces,
+    row_major,
+    take,
+)
 from ckpt_tool.storage import Reader
 
 _memcmp = ctypes.CDLL(None).memcmp
@@ -325,35 +336,34 @@ def _values(
     found: dict[int, tuple[int, Difference]] = {}
     lock = threading.Lock()
 
-    def work() -> Iterator[tuple[int, _Pair, list[Piece], list[Piece], int, int]]:
+    def work() -> Iterator[tuple[int, _Placed, int, int]]:
         for number, pair in enumerate(pairs):
             try:
                 for tensor in pair[:2]:
                     check_disjoint(tensor)
-                one, other = (pieces(tensor, 0, tensor.numel) for tensor in pair[:2])
+                placed = _placed(pair)
             except CkptToolError as error:
                 found[number] = (0, Difference("coverage", str(pair.a.name), str(error)))
                 continue
             most = EXTENT_BYTES // pair.a.dtype.itemsize
-            block = max(block_numel(pair.a, one), block_numel(pair.b, other))
+            block = max(block_numel(placed.pair.a, placed.one), block_numel(placed.pair.b, placed.other))
             for start, numel in cut(0, pair.a.numel, most, block):
-                yield number, pair, one, other, start, numel
+                yield number, placed, start, numel
 
-    def compare_one(
-        comparer: _Comparer,
-        item: tuple[int, _Pair, list[Piece], list[Piece], int, int],
-    ) -> None:
-        number, pair, one, other, start, numel = item
+    def compare_one(comparer: _Comparer, item: tuple[int, _Placed, int, int]) -> None:
+        number, (pair, one, other, order), start, numel = item
         at = comparer.first_difference(pair, one, other, start, numel, meter)
         if at is None:
             return
         files = [
             file_of(t, found_pieces, at) for t, found_pieces in zip(pair[:2], (one, other), strict=True)
         ]
+        original = pairs[number].a
+        at = _index_before(at, original.shape, order)
         difference = Difference(
             "value",
-            str(pair.a.name),
-            f"{pair.a.element(at)} differs: the first in {files[0]}, the second in {files[1]} "
+            str(original.name),
+            f"{original.element(at)} differs: the first in {files[0]}, the second in {files[1]} "
             f"(flat index {at})",
         )
         with lock:
@@ -362,6 +372,42 @@ def _values(
 
     in_parallel(work(), lambda: _Comparer(readers, budget), compare_one, budget.workers)
     return [difference for _, difference in found.values()]
+
+
+class _Placed(NamedTuple):
+    """A pair, where the elements of each side lie, and the order in which ``pair`` has the dimensions of
+    the pair it was made of."""
+
+    pair: _Pair
+    one: list[Piece]
+    other: list[Piece]
+    order: tuple[int, ...]
+
+
+def _placed(pair: _Pair) -> _Placed:
+    """A pair in the order of its files, where both sides have their elements in one order there that is not
+    the tensor's: two transposed matrices are compared as they lie."""
+    rank = len(pair.a.shape)
+    one, other = (pieces(tensor, 0, tensor.numel) for tensor in pair[:2])
+    runs_along = {along_in_file(piece) if isinstance(piece, Box) else rank - 1 for piece in (*one, *other)}
+    along = runs_along.pop() if len(runs_along) == 1 else rank - 1
+    if along == rank - 1:
+        return _Placed(pair, one, other, tuple(range(rank)))
+    order = (*(dim for dim in range(rank) if dim != along), along)
+    a, b = (take(t, [Axis(dim, 0, t.shape[dim]) for dim in order]) for t in pair[:2])
+    turned = pair._replace(a=a, b=b)
+    return _Placed(turned, pieces(a, 0, a.numel), pieces(b, 0, b.numel), order)
+
+
+def _index_before(at: int, shape: tuple[int, ...], order: tuple[int, ...]) -> int:
+    """The flat index in a tensor of ``shape`` of the element that is at ``at`` once its dimensions are in
+    ``order``."""
+    found = 0
+    flat = row_major(shape, 1)
+    for dim in reversed(order):
+        at, place = divmod(at, shape[dim])
+        found += place * flat[dim]
+    return found
 
 
 def file_of(tensor: Tensor, found: list[Piece], element: int) -> str:

@@ -227,11 +227,16 @@ def block_numel(tensor: Tensor, found: Iterable[Piece]) -> int:
     block = 1
     for piece in found:
         if isinstance(piece, Box):
-            dims = [dim for dim, count in enumerate(piece.counts) if count > 1]
-            along = min(dims, key=lambda dim: piece.strides[dim], default=0)
-            if dims and along != dims[-1]:
+            along = along_in_file(piece)
+            if any(count > 1 for count in piece.counts[along + 1 :]):
                 block = max(block, math.prod(tensor.shape[along:]))
     return block
+
+
+def along_in_file(box: Box) -> int:
+    """The dimension in which neighbours are closest in the file; the last, where there are none."""
+    dims = [dim for dim, count in enumerate(box.counts) if count > 1]
+    return min(dims, key=lambda dim: box.strides[dim], default=len(box.counts) - 1)
 
 
 def cut(start: int, numel: int, most: int, block: int = 1) -> Iterator[tuple[int, int]]:

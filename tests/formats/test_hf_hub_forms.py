@@ -641,6 +641,41 @@ def test_qwen3_omni_moe_leaves_its_talker_alone(tmp_path: Path, inside: str) -> 
     assert equal(memory[f"{layer}.mlp.experts.down_proj"], expected["down"])
 
 
+@pytest.mark.parametrize("budget", [1 << 17, 1 << 20])
+@pytest.mark.parametrize("seed", range(6))
+def test_an_element_that_differs_in_transposed_matrices_is_named(
+    seed: int, budget: int, tmp_path: Path
+) -> None:
+    """Both sides are compared as they lie, and the index named is the canonical one."""
+    width, inner = 96, 40
+    config = {"model_type": "gpt_oss", "num_hidden_layers": 1, "num_local_experts": E, "hidden_size": width}
+    at = "model.layers.0.mlp.experts"
+    stored = {
+        f"{at}.gate_up_proj": noise(E, width, 2 * inner),
+        f"{at}.gate_up_proj_bias": noise(E, 2 * inner),
+        f"{at}.down_proj": noise(E, inner, width),
+        f"{at}.down_proj_bias": noise(E, width),
+    }
+    a = write(tmp_path / "a", config | {"intermediate_size": inner}, stored)
+    how = api.Execution(max_memory=budget, workers=2)
+    assert api.verify(a, a, how=how).passed
+    generator = torch.Generator().manual_seed(seed)
+    changed = stored[f"{at}.gate_up_proj"].clone()
+    e, h, c = (int(torch.randint(size, (), generator=generator)) for size in changed.shape)
+    changed[e, h, c] += 1
+    b = write(
+        tmp_path / "b", config | {"intermediate_size": inner}, stored | {f"{at}.gate_up_proj": changed}
+    )
+    (difference,) = api.verify(a, b, how=how).differences
+    flat = (e * inner + c // 2) * width + h
+    assert difference.name.endswith(f".{('gate', 'up')[c % 2]}.weight")
+    assert difference.message.endswith(f"(flat index {flat})")
+    api.convert(a, tmp_path / "dcp", to="dcp", world=2, how=how)
+    assert api.verify(tmp_path / "dcp", a, config=a, how=how).passed
+    (difference,) = api.verify(tmp_path / "dcp", b, config=a, how=how).differences
+    assert difference.message.endswith(f"(flat index {flat})")
+
+
 # ---- layouts of one family each
 
 
