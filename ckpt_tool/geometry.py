@@ -20,6 +20,9 @@ from ckpt_tool.errors import CoverageError
 
 Piece = Region | Box
 
+# Bytes. A read and a copy of so much take about as long as what Python does about them.
+_WORTH_READING = 32 << 10
+
 
 class Cut(NamedTuple):
     """Part of a tensor used as part of another: ``numel`` elements of ``tensor`` from ``source`` on
@@ -223,6 +226,8 @@ def block_numel(tensor: Tensor, found: Iterable[Piece]) -> int:
 
     A piece that runs along another dimension in its file than in the tensor is transposed: a few rows of
     it here are a few bytes of every row there, so that all dimensions from the file's on belong together.
+    A piece that is some columns of a matrix, as ranks have it that share its rows, is read many rows at a
+    time.
     """
     block = 1
     for piece in found:
@@ -230,7 +235,21 @@ def block_numel(tensor: Tensor, found: Iterable[Piece]) -> int:
             along = along_in_file(piece)
             if any(count > 1 for count in piece.counts[along + 1 :]):
                 block = max(block, math.prod(tensor.shape[along:]))
+            else:
+                block = max(block, _rows_numel(tensor, piece))
     return block
+
+
+def _rows_numel(tensor: Tensor, box: Box) -> int:
+    """The elements of as many rows of the tensor as make a read of some columns worth its while."""
+    inner = len(box.counts) - 1
+    while inner > 0 and box.counts[inner] == tensor.shape[inner]:
+        inner -= 1
+    run = math.prod(box.counts[inner:]) * tensor.dtype.itemsize
+    rows = math.prod(box.counts[:inner])
+    if inner == 0 or box.steps[inner] > 1 or run == 0:
+        return 1
+    return min(-(-_WORTH_READING // run), rows) * math.prod(tensor.shape[inner:])
 
 
 def along_in_file(box: Box) -> int:

@@ -22,15 +22,9 @@ _CARRIED_OVER = re.compile(
     r"\.json$"
 )
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-# One of these at least is in every DeepSpeed config (deepspeed 0.19.8, runtime/config.py), which is refused
-# without a batch size.
+# One of these at least is in every DeepSpeed config (deepspeed 0.19.8, runtime/config.py).
 _DS_FIELDS = frozenset(
-    {
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "zero_optimization",
-    }
+    {"train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization", "optimizer", "bf16", "fp16"}
 )
 _LARGEST = 64 << 20  # bytes; they are held in memory, and no tokenizer is larger
 

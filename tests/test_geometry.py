@@ -18,6 +18,7 @@ from ckpt_tool.geometry import (
     CutRegions,
     Placed,
     assemble,
+    block_numel,
     boxes_of_run,
     check_disjoint,
     pieces,
@@ -191,3 +192,25 @@ def test_a_box_that_reaches_outside_is_refused() -> None:
 
 def test_a_grid_of_boxes_passes() -> None:
     check_disjoint(_boxes(((0, 0), (2, 2)), ((0, 2), (2, 2)), ((2, 0), (2, 2)), ((2, 2), (2, 2))))
+
+
+@pytest.mark.parametrize(
+    ("origin", "counts", "expected"),
+    [
+        ((0, 0), (4096, 128), 64 * 8192),  # 512 bytes of each row: 64 rows are 32 KiB
+        ((0, 0), (16, 128), 16 * 8192),  # no more rows than there are
+        ((0, 0), (4096, 8192), 1),  # whole rows lie in one piece
+    ],
+)
+def test_some_columns_of_a_matrix_are_read_many_rows_at_a_time(
+    origin: tuple[int, ...], counts: tuple[int, ...], expected: int
+) -> None:
+    box = Box(origin, counts, (1, 1), "f", 0, (4 * counts[1], 4))
+    tensor = Tensor("t", "weight", (4096, 8192), DType.float32, (box,))
+    assert block_numel(tensor, [box]) == expected
+
+
+def test_matrices_in_a_stack_of_which_columns_are_held_are_read_across_experts() -> None:
+    box = Box((0, 0, 8), (4, 32, 8), (1, 1, 1), "f", 0, (32 * 8 * 4, 8 * 4, 4))
+    tensor = Tensor("t", "weight", (4, 32, 64), DType.float32, (box,))
+    assert block_numel(tensor, [box]) == 4 * 32 * 64

@@ -202,7 +202,7 @@ def from_hub(
     if family is None:
         return list(tensors.values())
     if family.misnamed:
-        tensors = {str(tensor.name): tensor for tensor in _corrected(tensors.values(), family)}
+        tensors = _corrected(tensors.values(), family)
     sizes = family.sizes(config or {})
     chosen = _Choice(tensors, family, sizes)
     stacks: dict[ExpertName, dict[int, Tensor]] = {}
@@ -242,10 +242,14 @@ def from_hub(
     return result
 
 
-def _corrected(tensors: Iterable[Tensor], family: Family) -> Iterator[Tensor]:
+def _corrected(tensors: Iterable[Tensor], family: Family) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
     for tensor in tensors:
         name = family.corrected(str(tensor.name))
-        yield tensor if name == tensor.name else replace(tensor, name=name)
+        if name in found:
+            raise UnreadableError(f"{name} is in the files twice, under that name and under another one.")
+        found[name] = tensor if name == tensor.name else replace(tensor, name=name)
+    return found
 
 
 def _published(tensor: Tensor, family: Family) -> Tensor:

@@ -613,6 +613,13 @@ def test_deepseek_v4_gets_its_published_names_back_from_transformers_mixture(tmp
         outside(written, stored)
 
 
+def test_a_tensor_under_its_published_name_and_a_wrong_one_is_refused(tmp_path: Path) -> None:
+    stored = {name: noise(8) for name in ("layers.0.attn_norm.weight", "model.layers.0.attn_norm.weight")}
+    path = write(tmp_path / "hub", {"model_type": "deepseek_v4", "num_hidden_layers": 1}, stored)
+    with pytest.raises(UnreadableError, match=r"layers\.0\.attn_norm\.weight is in the files twice"):
+        read(path)
+
+
 @pytest.mark.parametrize("inside", ["", "language_model."], ids=["as_published", "of_newer_releases"])
 def test_qwen3_omni_moe_leaves_its_talker_alone(tmp_path: Path, inside: str) -> None:
     """The talker's experts have a size that the thinker's config does not state."""
