@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from ckpt_tool.canonical import Checkpoint, DType
 from ckpt_tool.commit import manifest_root, occupied, read_manifest
 from ckpt_tool.comparison import Verdict, check_replicas, compare
 from ckpt_tool.conversion import Execution as Execution
-from ckpt_tool.conversion import carry_out, refuse_own_source, refuse_strangers
+from ckpt_tool.conversion import carry_out, check_disk, refuse_own_source, refuse_strangers
 from ckpt_tool.duplicates import Copies, find_copies
-from ckpt_tool.errors import UnreadableError, UsageError
+from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.families import family_of
 from ckpt_tool.families.agreement import check_config
@@ -162,9 +162,12 @@ def convert(
             raise UnreadableError(
                 f"{checkpoint.root}: {checkpoint.unresolved} Pass --weights-only to convert without it."
             )
+        if checkpoint.nameless and not (to == "dcp" and style is None):
+            raise UnreadableError(f"{checkpoint.root}: {checkpoint.nameless}")
         run_config = read_ds_config(Path(ds_config), to) if ds_config is not None else None
-        if to == "dcp" and checkpoint.dialect == HUB and model_config is not None:
-            check_config(checkpoint, family_of(model_config), model_config)
+        if to == "dcp" and model_config is not None and (checkpoint.dialect == HUB or config is not None):
+            family = family_of(model_config)
+            check_config(to_hub(checkpoint, family, model_config), family, model_config)
         if to in _DEEPSPEED:
             checkpoint = _under_module_names(checkpoint, model_config, template)
             if to != "universal" and template is None and not checkpoint.module_names:
@@ -192,6 +195,8 @@ def convert(
             refuse_strangers(destination)
         if dry_run and not how.overwrite and occupied(destination):
             raise UsageError(f"{destination} exists. Choose another destination, or pass --overwrite.")
+        if dry_run:
+            check_disk(destination, plan.bytes_written)
         if not dry_run:
             check_replicas(checkpoint, reader, budget)
             verdict = carry_out(plan, reader, checkpoint, destination, to, options, how, budget, verify)
@@ -337,7 +342,16 @@ def _with_experts(checkpoint: Checkpoint, source: Path, config: PathLike | None)
     found, _ = find_config(source, config)
     if found is None or checkpoint.moe_layers:
         return checkpoint
-    return to_hub(checkpoint, family_of(found), found)
+    try:
+        family = family_of(found)
+        published = to_hub(checkpoint, family, found)
+    except (UsageError, MismatchError) as error:
+        return replace(checkpoint, notes=(*checkpoint.notes, str(error)))
+    try:
+        check_config(published, family, found)
+    except MismatchError as error:
+        return replace(published, notes=(*published.notes, str(error)))
+    return published
 
 
 def _verify_one(path: Path, budget: Budget, how: Execution) -> Verdict:

@@ -284,11 +284,13 @@ class Checkpoint:
     ``dialect`` says whose dense names these are: ``autoep`` (DeepSpeed AutoEP's modules),
     ``transformers`` (modules as transformers builds them) or ``hub`` (names in published files).
     ``tensors`` are in the model's own order as far as the format tells it. ``aliases`` maps a
-    further name of a tensor to the name it is listed under (tied weights). ``module_names`` are the
-    keys of the module's state dict in its own order (aliases and buffers among them), where the format
-    records them. ``unresolved`` says why optimizer state that the checkpoint has is not among ``tensors``,
-    where that is so. ``layout_hint`` is what the format's own writer needs to write the like again; nobody
-    else looks into it.
+    further name of a tensor to the name it is listed under (tied weights); ``equal`` maps a listed
+    tensor to another that, by their checksums, holds the same: a config.json may say that they are tied.
+    ``module_names`` are the keys of the module's state dict in its own order (aliases and buffers among
+    them), where the format records them. ``unresolved`` says why optimizer state that the checkpoint has
+    is not among ``tensors``, and ``nameless`` why the names in it are not those of a model, where that is
+    so. ``layout_hint`` is what the format's own writer needs to write the like again; nobody else looks
+    into it.
     """
 
     format: str
@@ -301,9 +303,11 @@ class Checkpoint:
     scalars: Mapping[tuple[TensorName, str], Scalar] = field(default_factory=dict)
     moe_layers: tuple[MoELayer, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    equal: Mapping[str, str] = field(default_factory=dict)
     model_config: Mapping[str, Any] | None = None
     module_names: tuple[str, ...] = ()
     unresolved: str = ""
+    nameless: str = ""
     layout_hint: Any = None
     notes: tuple[str, ...] = ()
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _EPILOG = (
     "Exit codes: 0 done; 1 found wrong (verify); 2 usage; 3 unreadable or unsupported input; 4 failed "
-    "while running; 130 interrupted."
+    "while running; 130 interrupted; 141 nobody reads the output."
 )
 
 app = typer.Typer(

@@ -125,7 +125,10 @@ def compare(
     differences += _values(checked, readers, budget, meter)
     differences.sort()
     if differences and all(difference.kind == "dtype" for difference in differences):
-        notes.append("Only dtypes differ; `convert --dtype ... --verify` compares values after rounding.")
+        notes.append(
+            "The values of tensors that differ in dtype were not compared. `convert --dtype ... --verify` "
+            "compares them after rounding."
+        )
     return Verdict(len(pairs), sum(pair.a.nbytes for pair in checked), tuple(differences), tuple(notes))
 
 
@@ -168,6 +171,8 @@ def _pair_up(a: Checkpoint, b: Checkpoint) -> tuple[list[_Pair], list[Difference
     else:
         left, right = a.by_key(), b.by_key()
         derived += _derived(left, right, notes)
+    derived += _aliased(left, right, a.aliases)
+    derived += [pair._replace(a=pair.b, b=pair.a) for pair in _aliased(right, left, b.aliases)]
     differences = [
         Difference("missing", str(t.name), f"{t.label()} is in the first only ({_home(t)})")
         for key, t in left.items()
@@ -181,6 +186,21 @@ def _pair_up(a: Checkpoint, b: Checkpoint) -> tuple[list[_Pair], list[Difference
         _Pair(left[key], right[key], weights_only[0] != weights_only[1]) for key in left if key in right
     ]
     return pairs + derived, differences, notes
+
+
+def _aliased(
+    one: dict[tuple[TensorName, str], Tensor],
+    other: dict[tuple[TensorName, str], Tensor],
+    aliases: Mapping[str, str],
+) -> list[_Pair]:
+    """Tensors that the other side lists, and this side as a further name of another: taken out of there."""
+    pairs = []
+    for name, state in [key for key in other if key not in one]:
+        listed = aliases.get(name) if isinstance(name, str) else None
+        state_here = MASTER if state == WEIGHT and listed and (listed, MASTER) in one else state
+        if listed is not None and (listed, state_here) in one:
+            pairs.append(_Pair(one[listed, state_here], other.pop((name, state)), state != state_here))
+    return pairs
 
 
 def _derived(
@@ -332,7 +352,7 @@ def _values(
     budget: Budget,
     meter: Meter,
 ) -> list[Difference]:
-    """The first differing element of every pair, found by all workers together."""
+    """A differing element of every pair, found by all workers together: the first in the order compared."""
     found: dict[int, tuple[int, Difference]] = {}
     lock = threading.Lock()
 

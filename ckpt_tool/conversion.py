@@ -77,7 +77,7 @@ def carry_out(
     verdict = None
     try:
         left = plan.bytes_written - sum(file.size for file in staging.done.values())
-        _check_disk(staging.path, left)
+        check_disk(staging.path, left)
         how.meter.start(left)
         execute(
             plan,
@@ -181,8 +181,10 @@ def _identity(plan: Plan, checkpoint: Checkpoint, to: str, options: TargetOption
     }
 
 
-def _check_disk(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path).free
+def check_disk(path: Path, needed: int) -> None:
+    """Raises ExecutionError where ``needed`` bytes do not fit beside or in ``path``."""
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise ExecutionError(
             f"{path.parent}: the result needs {needed} bytes, the disk has {free} free. Free some space "

@@ -7,6 +7,7 @@ from typing import Any
 
 from ckpt_tool.canonical import Checkpoint, ExpertName, Role, Tensor
 from ckpt_tool.containers.decoded import real_file
+from ckpt_tool.families import is_expert
 from ckpt_tool.geometry import pieces
 
 
@@ -48,8 +49,22 @@ def overview(checkpoint: Checkpoint) -> dict[str, Any]:
         "aliases": dict(checkpoint.aliases),
         "client_state": sorted(checkpoint.training.client_state),
         "client_state_per_rank": list(checkpoint.training.per_rank),
-        "notes": list(checkpoint.notes),
+        "notes": [*checkpoint.notes, *_experts_in_sight(checkpoint)],
     }
+
+
+def _experts_in_sight(checkpoint: Checkpoint) -> list[str]:
+    """What to do about experts that no config.json told apart."""
+    if checkpoint.moe_layers or checkpoint.model_config is not None:
+        return []
+    named = next(
+        (t.name for t in checkpoint.tensors if isinstance(t.name, str) and is_expert(t.name)), None
+    )
+    if named is None:
+        return []
+    return [
+        f"{named} is named like experts. The model's config.json tells them apart; pass it with --config."
+    ]
 
 
 def tensor_rows(checkpoint: Checkpoint, pattern: str) -> list[dict[str, Any]]:

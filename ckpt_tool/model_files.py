@@ -52,7 +52,14 @@ def read_config(path: Path) -> Mapping[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     config = read_json(file)
     if "model_type" not in config:
-        raise MismatchError(f"{file} has no model_type, so it does not say which model this is.")
+        own = (
+            "It looks like a DeepSpeed config; pass that with --ds-config."
+            if _DS_FIELDS & config.keys()
+            else ""
+        )
+        raise MismatchError(
+            f"{file} has no model_type, so it does not say which model this is. {own}".rstrip()
+        )
     return config
 
 
@@ -79,6 +86,8 @@ def read_json(file: Path) -> Mapping[str, Any]:
         value = json.loads(file.read_text())
     except FileNotFoundError:
         raise UsageError(f"{file} does not exist.") from None
+    except IsADirectoryError:
+        raise UsageError(f"{file} is a directory; pass the file.") from None
     except (ValueError, OSError) as error:
         raise UnreadableError(f"{file} is not readable JSON ({error}).") from error
     if not isinstance(value, dict):

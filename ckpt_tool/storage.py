@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from ckpt_tool.errors import ExecutionError, UnreadableError
 
@@ -80,7 +80,7 @@ class LocalReader:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = Path(root)
         self._open: OrderedDict[str, _Handle] = OrderedDict()
-        self._first: dict[str, tuple[int, ...]] = {}  # of every file, when it was first opened
+        self._first: dict[str, _Signature] = {}  # of every file, when it was first opened
         self._lock = threading.Lock()
 
     @property
@@ -104,7 +104,7 @@ class LocalReader:
                 now = _signature(os.stat(self._root / path))
             except OSError:
                 return path
-            if now != first:
+            if _written(first, now):
                 return path
         return None
 
@@ -173,9 +173,26 @@ class _Handle:
             os.close(self.fd)
 
 
-def _signature(found: os.stat_result) -> tuple[int, ...]:
-    """Changes when a file is replaced or written to; the time of writing alone can be set back."""
-    return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+class _Signature(NamedTuple):
+    """What ``stat`` says of a file: its contents, its last change, and what else may have changed then."""
+
+    contents: tuple[int, ...]
+    changed: int
+    beside: tuple[int, ...]
+
+
+def _signature(found: os.stat_result) -> _Signature:
+    contents = (found.st_ino, found.st_size, found.st_mtime_ns)
+    beside = (found.st_nlink, found.st_mode, found.st_uid, found.st_gid)
+    return _Signature(contents, found.st_ctime_ns, beside)
+
+
+def _written(before: _Signature, now: _Signature) -> bool:
+    """Whether a file was replaced or written to. The time of writing can be set back, the time of change
+    cannot; a hard link made of the file, or other rights, change it as well."""
+    if now.contents != before.contents:
+        return True
+    return now.changed != before.changed and now.beside == before.beside
 
 
 def _open_for_reading(path: Path) -> int:

@@ -452,12 +452,58 @@ def test_ep_ranks_of_experts_do_not_depend_on_where_the_config_lies(
     assert [row["ep_rank"] for row in json.loads(done.stdout)["experts"]] == ranks
 
 
+def test_inspect_with_a_config_that_does_not_fit_says_so(run: Runner, tmp_path: Path) -> None:
+    source = DCP_CHECKPOINTS["mixtral_accelerate_w2"]
+    config = json.loads((source.parent / "config.json").read_text())
+    for changed, words in (
+        ({"num_local_experts": 3}, "Is this the config.json of another model?"),
+        ({"model_type": "unheard_of"}, "does not guess them"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changed))
+        done = run("inspect", source, "--config", tmp_path)
+        assert (done.rc, words in done.stdout) == (0, True)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_local_experts": 3}))
+    done = run("convert", source, tmp_path / "out", "--to", "dcp", "--config", tmp_path)
+    assert done.rc == 3
+    assert "Is this the config.json of another model?" in done.stderr
+
+
+def test_a_deepspeed_config_in_place_of_the_models_is_named(run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 8}')
+    done = run("consolidate", MIXTRAL, tmp_path / "out", "--config", tmp_path / "ds.json")
+    assert done.rc == 3
+    assert "pass that with --ds-config" in done.stderr
+
+
+def test_a_pointer_of_git_lfs_is_named(run: Runner, tmp_path: Path) -> None:
+    shutil.copy(config_of("mixtral_w4e2"), tmp_path / "config.json")
+    (tmp_path / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    )
+    done = run("inspect", tmp_path)
+    assert done.rc == 3
+    assert "git lfs pull" in done.stderr
+
+
+def test_a_dry_run_sees_a_disk_that_is_too_small(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 5))
+    done = run("convert", MIXTRAL, tmp_path / "no" / "out", "--to", "universal", "--dry-run")
+    assert done.rc == 4
+    assert "the disk has 5 free" in done.stderr
+
+
 def test_the_directory_above_some_checkpoints_names_them(run: Runner, tmp_path: Path) -> None:
     tag = copy_fixture("mixtral_w2e1", tmp_path)
     (tag.parent / "latest").unlink()
     done = run("inspect", tag.parent)
     assert done.rc == 3
     assert f"for example {tag}" in done.stderr
+    (tag.parent / "latest").write_text(tag.name)
+    done = run("inspect", tmp_path)
+    assert done.rc == 3
+    assert f"for example {tag.parent}" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,20 @@ def test_a_source_that_is_written_to_with_its_old_time_is_not_published(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_hard_link_to_a_source_file_is_no_change_of_it(source: Path, tmp_path: Path) -> None:
+    """Snapshots are made so."""
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    linked = next(copy.rglob("*optim_states.pt"))
+
+    def link() -> None:
+        if not (tmp_path / "link").exists():
+            (tmp_path / "link").hardlink_to(linked)
+
+    api.convert(copy, tmp_path / "out", to="universal", how=api.Execution(meter=Spy(link)))
+    assert (tmp_path / "link").exists()
+
+
 def test_a_source_that_changes_while_it_is_planned_with_is_not_published(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ _CODES = {
 }
 _CODE_OF = {dtype: code for code, dtype in _CODES.items()}
 _MAX_HEADER = 100_000_000  # the specification's limit
+_LFS = b"version "  # how a pointer begins, in place of a length
 
 
 class SafetensorsFile:
@@ -54,11 +55,17 @@ class SafetensorsFile:
         size = reader.size(path)
         if size < 8:
             raise UnreadableError(f"{where} is too short to be a safetensors file ({size} bytes).")
-        length = int.from_bytes(reader.read(path, 0, 8), "little")
+        first = reader.read(path, 0, 8)
+        if first == _LFS:
+            raise UnreadableError(
+                f"{where} is a pointer of git-lfs and not the file itself. Run `git lfs pull` in its "
+                "repository."
+            )
+        length = int.from_bytes(first, "little")
         if length > _MAX_HEADER or 8 + length > size:
             raise UnreadableError(
                 f"{where}: the header claims {length} bytes in a file of {size}. Not a safetensors "
-                "file, or a truncated one, or a pointer of git-lfs whose file was not pulled."
+                "file, or a truncated one."
             )
         raw = reader.read(path, 8, length)
         header = _parse(raw, where)

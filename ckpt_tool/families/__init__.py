@@ -240,9 +240,14 @@ def _renamed(name: str, pattern: str, target: str) -> str | None:
     return target.format(layer=groups.get("layer")).replace("*", groups.get("rest") or "*")
 
 
+def is_expert(name: str) -> bool:
+    """Whether a stored name is that of an expert tensor in some family."""
+    return _is_expert(name, _everyones())
+
+
 def is_strange_expert(name: str, family: Family) -> bool:
     """Whether a stored name is that of an expert tensor in some family, and not in this one."""
-    return _is_expert(name, _everyones()) and not _is_expert(name, _by_tail(family))
+    return is_expert(name) and not _is_expert(name, _by_tail(family))
 
 
 def _is_expert(name: str, by_tail: _ByTail) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.canonical import DOWN, Checkpoint, ExpertName, Tensor, TensorName
@@ -120,12 +121,27 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
     Raises:
         MismatchError: the config says something that is neither true nor false.
     """
+    return bool(says_of_ties(config))
+
+
+def says_of_ties(config: Mapping[str, Any]) -> bool | None:
+    """The same; None where the config does not say."""
     says = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
     if says is not None and type(says) is not bool:
         raise MismatchError(
             f"config.json has tie_word_embeddings {says!r}, which is neither true nor false. Correct it."
         )
-    return bool(says)
+    return says
+
+
+def with_stated_ties(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
+    """The same catalogue with a head under the embedding's name, where the config ties them and checksums
+    say that they are equal."""
+    if not checkpoint.equal or not ties_embeddings(config):
+        return checkpoint
+    kept = [tensor for tensor in checkpoint.tensors if tensor.name not in checkpoint.equal]
+    aliases = {**checkpoint.aliases, **checkpoint.equal}
+    return replace(checkpoint, tensors=tuple(kept), aliases=aliases, equal={})
 
 
 def embedding_name(names: Mapping[TensorName, Any] | Mapping[str, Any]) -> str | None:
@@ -316,11 +332,15 @@ def _check_experts(values: Mapping[TensorName, Tensor], family: Family, text: Ma
         if not isinstance(name, ExpertName):
             continue
         if experts is not None and tensor.shape[0] not in counts:
+            lost = (
+                "If the config is right, experts were lost before this checkpoint was saved: an "
+                "expert-parallel model wrapped by ZeRO-3 without AutoEP saves one rank's share only. Such "
+                "a checkpoint cannot be repaired."
+            )
+            other = "Is this the config.json of another model?"
             raise MismatchError(
                 f"config.json has {experts[0]} {experts[1]}, the checkpoint's {name} has "
-                f"{tensor.shape[0]} experts. If the config is right, experts were lost before this "
-                "checkpoint was saved: an expert-parallel model wrapped by ZeRO-3 without AutoEP saves "
-                "one rank's share only. Such a checkpoint cannot be repaired."
+                f"{tensor.shape[0]} experts. {lost if tensor.shape[0] < experts[1] else other}"
             )
         if name.part not in sizes:
             continue

@@ -19,6 +19,7 @@ from ckpt_tool.canonical import (
 )
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.families import FUSED_FORM, Family
+from ckpt_tool.families.agreement import with_stated_ties
 from ckpt_tool.families.dense import Joined, memory_parts, published_parts
 from ckpt_tool.families.forms import Stored, compiled, join, split
 from ckpt_tool.geometry import Cut, CutRegions
@@ -113,15 +114,17 @@ def to_hub(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any] | N
         for alias, name in checkpoint.aliases.items()
         if not alias.startswith(blocks)
     }
-    return replace(
+    found = replace(
         checkpoint,
         dialect=HUB,
         tensors=tuple(tensors),
         scalars=scalars,
         aliases=tied,
+        equal={published(one): published(other) for one, other in checkpoint.equal.items()},
         moe_layers=tuple(layers.values()),
         training=replace(checkpoint.training, param_groups=groups),
     )
+    return with_stated_ties(found, config or {})
 
 
 def _even(experts: int, ep: int | None) -> tuple[tuple[int, ...], ...]:

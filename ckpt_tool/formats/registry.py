@@ -72,6 +72,14 @@ def _tagged(tag_file: Path) -> Path:
     return directory
 
 
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        reader = LocalReader(locate(path))
+    except UnreadableError:
+        return False
+    return any(candidate.recognises(reader) for candidate in SOURCES)
+
+
 def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
     """Read the catalogue of the checkpoint at ``path``, whatever its format."""
     directory = locate(path)
@@ -91,16 +99,12 @@ def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
                 reader.close()
                 raise
     names = reader.list()
-    inside = [
-        name
-        for name in names
-        if reader.is_directory(name)
-        and any(candidate.recognises(LocalReader(directory / name)) for candidate in SOURCES)
-    ]
+    inside = [name for name in names if reader.is_directory(name) and _is_checkpoint(directory / name)]
     if inside:
+        shown = ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else "")
         raise UnreadableError(
-            f"{directory} is no checkpoint, but holds some: {', '.join(inside[:5])}. Pass the one you "
-            f"mean, for example {directory / inside[-1]}."
+            f"{directory} is no checkpoint, but holds some: {shown}. Pass the one you mean, for example "
+            f"{directory / inside[0]}."
         )
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
     raise UnreadableError(

@@ -15,8 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+from ckpt_tool import api
 from ckpt_tool.canonical import DType
-from ckpt_tool.errors import MismatchError
+from ckpt_tool.errors import MismatchError, UnreadableError
+from ckpt_tool.families import family_of
+from ckpt_tool.families.naming import to_hub
 from ckpt_tool.formats.dcp.grid import GridChunk, dense_grid, expert_grid, spans
 
 from .dcp_tools import CHECKPOINTS, FIXTURES, assert_equal_to_oracle, convert, oracle, read, write
@@ -248,14 +251,21 @@ def test_names_in_memory_that_are_not_known_are_refused(tmp_path: Path) -> None:
 
 
 def test_tied_weights_of_a_composite_without_optimizer_are_one_tensor(tmp_path: Path) -> None:
-    """The chunks' checksums tell: there is no optimizer and no config.json to."""
+    """Where the config says so: the chunks' checksums tell that they are equal, which an untied head may
+    be, too, at the beginning."""
     weight = torch.randn(8, 4)
     names = ("model.language_model.embed_tokens.weight", "lm_head.weight")
     dcp.save({"model": dict.fromkeys(names, weight)}, checkpoint_id=tmp_path, no_dist=True)
-    assert read(tmp_path)[1].aliases == {names[1]: names[0]}
-    untied = {names[0]: weight, names[1]: torch.randn(8, 4)}
-    dcp.save({"model": untied}, checkpoint_id=tmp_path / "untied", no_dist=True)
-    assert not read(tmp_path / "untied")[1].aliases
+    checkpoint = read(tmp_path)[1]
+    assert (checkpoint.aliases, checkpoint.equal) == ({}, {names[1]: names[0]})
+    family = family_of({"model_type": "qwen3_vl_moe"})
+    tied = to_hub(checkpoint, family, {"tie_word_embeddings": True})
+    assert tied.aliases == {names[1]: names[0]}
+    assert [tensor.name for tensor in tied.tensors] == [names[0]]
+    assert len(to_hub(checkpoint, family, {"tie_word_embeddings": False}).tensors) == 2
+    different = {names[0]: weight, names[1]: torch.randn(8, 4)}
+    dcp.save({"model": different}, checkpoint_id=tmp_path / "different", no_dist=True)
+    assert not read(tmp_path / "different")[1].equal
 
 
 @pytest.mark.parametrize("style", ["plain", "accelerate", "transformers", "veomni"])
@@ -269,3 +279,42 @@ def test_stacked_shared_experts_are_not_distributed(style: str, tmp_path: Path) 
     source = _published("inkling_text", stored, tmp_path / "hub", n_routed_experts=4)
     convert(source, tmp_path / "out", world=4, ep=2, style=style)
     assert read(tmp_path / "out")[1].topology.ep_size == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_equal_head_and_embedding_are_one_tensor_only_where_the_config_ties_them(
+    tied: bool, tmp_path: Path
+) -> None:
+    weight = torch.randn(8, 4)
+    stored = {"model.embed_tokens.weight": weight, "model.norm.weight": torch.ones(4)}
+    stored |= {} if tied else {"lm_head.weight": weight.clone()}
+    config = {"num_hidden_layers": 0, "hidden_size": 4, "vocab_size": 8, "tie_word_embeddings": tied}
+    source = _published("llama", dict(stored), tmp_path / "hub", **config)
+    api.convert(source, tmp_path / "dcp", to="dcp", world=2, verify=True)
+    api.consolidate(tmp_path / "dcp", tmp_path / "back", config=source, verify=True)
+    assert api.verify(source, tmp_path / "back").passed
+    api.convert(tmp_path / "dcp", tmp_path / "shards", to="dcp", style="transformers", verify=True)
+
+
+@pytest.mark.parametrize("root", [("module",), ("state", "model"), ("ckpt",)], ids=".".join)
+def test_a_model_under_any_one_name_is_published_without_it(root: tuple[str, ...], tmp_path: Path) -> None:
+    state = {"model.embed_tokens.weight": torch.randn(8, 4), "model.norm.weight": torch.ones(4)}
+    nested: dict[str, Any] = dict(state)
+    for part in reversed(root):
+        nested = {part: nested}
+    dcp.save(
+        nested | {"opt": {"state": {0: {"exp_avg": torch.zeros(3)}}}},
+        checkpoint_id=tmp_path / "c",
+        no_dist=True,
+    )
+    assert {tensor.name for tensor in read(tmp_path / "c")[1].tensors} == set(state)
+
+
+def test_models_under_several_names_are_not_published(tmp_path: Path) -> None:
+    states = {name: {"model.norm.weight": torch.ones(4)} for name in ("student", "teacher")}
+    dcp.save(states, checkpoint_id=tmp_path / "c", no_dist=True)
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "llama", "num_hidden_layers": 0}')
+    with pytest.raises(UnreadableError, match="under `student` and `teacher`, and nothing says which"):
+        api.consolidate(tmp_path / "c", tmp_path / "out", config=config)
+    api.reshard(tmp_path / "c", tmp_path / "again", world=2, verify=True)

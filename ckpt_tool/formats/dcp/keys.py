@@ -73,7 +73,8 @@ class Sorted:
     """The entries by meaning: those of the model and of its optimizer, options of parameter groups, other
     objects and other tensors (random states, averaged weights), which stay under their keys.
     ``model_objects`` are what modules keep beside their tensors, by name (``get_extra_state``).
-    ``unresolved`` says why optimizer state is among the others, where it is."""
+    ``unresolved`` says why optimizer state is among the others, where it is, and ``nameless`` why the
+    model's names have something before them."""
 
     model_root: Path = ()
     optimizer_root: Path = ("optimizer",)
@@ -86,6 +87,7 @@ class Sorted:
     other_tensors: dict[str, Held] = field(default_factory=dict)
     model_objects: dict[str, Any] = field(default_factory=dict)
     unresolved: str = ""
+    nameless: str = ""
 
     @property
     def has_optimizer(self) -> bool:
@@ -210,6 +212,12 @@ def _split_model(found: Sorted, rest: dict[str, Held], paths: Mapping[str, Path]
     listed = dict.fromkeys(fqn for _, fqns in found.groups for fqn in fqns)
     found.model_root = _model_root(rest, paths, trained or listed, root)
     prefix = "".join(f"{part}." for part in found.model_root)
+    under = sorted(".".join(map(str, parent)) for parent in _parents(rest, paths) if parent)
+    if not prefix and under:
+        found.nameless = (
+            f"Its tensors are saved under `{'` and `'.join(under)}`, and nothing says which of them are "
+            "the model's. Save those as `model`."
+        )
     for key, held in rest.items():
         beside = not prefix and key not in trained and _stands_beside(key, paths)
         if key.startswith(prefix) and not beside:
@@ -299,7 +307,13 @@ def _known_root(rest: Mapping[str, Held], paths: Mapping[str, Path]) -> Path:
         # not flattened by the planner: only the keys tell (`model.model.layers...`, `app.model...`)
         if not paths and any(key.startswith((f"{text}model.", f"{text}lm_head.")) for key in rest):
             return known
-    return ()
+    parents = _parents(rest, paths)
+    return next(iter(parents)) if len(parents) == 1 else ()
+
+
+def _parents(rest: Mapping[str, Held], paths: Mapping[str, Path]) -> set[Path]:
+    """What tensors are saved under, whatever it is called: a state dict's own keys have no parts."""
+    return {paths[key][:-1] for key in rest if key in paths and not _stands_beside(key, paths)}
 
 
 def _groups(

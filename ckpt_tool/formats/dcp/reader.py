@@ -33,7 +33,7 @@ from ckpt_tool.containers.pickle_records import Unread
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.families import Family, family_of
-from ckpt_tool.families.agreement import embedding_name, head_name, ties_embeddings
+from ckpt_tool.families.agreement import embedding_name, head_name, says_of_ties
 from ckpt_tool.formats.dcp.beside import SCHEDULER_LEFT_OUT, Beside, find_beside
 from ckpt_tool.formats.dcp.completeness import check_rows
 from ckpt_tool.formats.dcp.contents import Held, rank_of
@@ -132,8 +132,14 @@ class _Catalogue:
             self._notes.append(note)
         self._unresolved = found.sorted.unresolved
         if self._unresolved:
-            self._notes.append(f"{self._unresolved} The weights are all there.")
-        if kept := [*found.sorted.other_tensors, *found.sorted.model_objects]:
+            self._notes.append(
+                f"{self._unresolved} The weights are all there. A training script that loads it can save "
+                "it again that way."
+            )
+        if found.sorted.nameless:
+            self._notes.append(found.sorted.nameless)
+        others = () if self._unresolved else found.sorted.other_tensors
+        if kept := [*others, *found.sorted.model_objects]:
             self._notes.append(f"{ONLY_HERE} {_listed(kept)}.")
         listed = {fqn for _, names in self._entries.groups for fqn in names}
         stateful = {fqn for fqn, _ in [*self._entries.states, *self._entries.scalars]}
@@ -141,7 +147,8 @@ class _Catalogue:
         self._files = self._distcp_files()
 
     def checkpoint(self, name: str) -> Checkpoint:
-        model = self._entries.model
+        model, found = self._entries.model, self._found.sorted
+        self._equal: dict[str, str] = {}
         aliases = self._tied()
         named = self._naming.canonical(
             {
@@ -171,8 +178,10 @@ class _Catalogue:
             scalars=self._scalars(names),
             moe_layers=layers_of(named.tensors, names, model, ep),
             aliases=aliases,
+            equal=self._equal,
             model_config=self._config,
             unresolved=self._unresolved,
+            nameless=found.nameless,
             layout_hint=Hint(
                 self._found.scheme,
                 self._found.contents.tensors,
@@ -245,8 +254,9 @@ class _Catalogue:
     def _tied(self) -> dict[str, str]:
         """FSDP2 saves tied weights under both names; the optimizer knows one of them.
 
-        They are taken for one tensor where the config says so, or where every chunk of the head has the
-        CRC-32 of the embedding's, and the optimizer, if there is one, knows the embedding alone.
+        They are taken for one tensor where the config says so; where it does not say, where the optimizer
+        knows the embedding alone, and every chunk of the head has the CRC-32 of the embedding's. Without
+        an optimizer a head may have been begun as a copy; ``_equal`` keeps it for a config to tell.
         """
         model = self._entries.model
         embedding = _TITAN_EMBEDDING if _TITAN_EMBEDDING in model else embedding_name(model)
@@ -257,14 +267,16 @@ class _Catalogue:
         ours, theirs = model[head], model[embedding]
         if ours.tensor.shape != theirs.tensor.shape or ours.tensor.dtype is not theirs.tensor.dtype:
             return {}
-        stated = ties_embeddings(self._config or {})
         crcs = [
             {(part.offsets, part.sizes): part.crc for part in held.parts if 0 not in part.sizes}
             for held in (ours, theirs)
         ]
         equal = crcs[0] == crcs[1] and None not in crcs[0].values()
-        seen = equal and (embedding in self._trained or not self._entries.has_optimizer)
-        return {head: embedding} if stated or seen else {}
+        if equal and not self._entries.has_optimizer and self._config is None:
+            self._equal = {head: embedding}
+        stated = says_of_ties(self._config or {})
+        tied = equal and embedding in self._trained if stated is None else stated
+        return {head: embedding} if tied else {}
 
     def _check_stacks(self, names: Mapping[str, tuple[TensorName, ...]]) -> None:
         """Experts with a tensor each are converted together: what the optimizer keeps of one, it must keep

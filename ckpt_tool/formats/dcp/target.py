@@ -343,7 +343,8 @@ class _Builder:
         else:
             self._leave_out(kept.model_objects, "an object of a module, of another framework")
         if self._options.weights_only or not self._own:
-            self._leave_out(others, "neither the model's nor its optimizer's")
+            why = "optimizer state that cannot be told" if kept.unresolved else "neither the model's nor"
+            self._leave_out(others, why if kept.unresolved else f"{why} its optimizer's")
         else:
             for key, held in others.items():
                 files = [part.file for part in held.parts]
