@@ -247,7 +247,7 @@ def _rows_numel(tensor: Tensor, box: Box) -> int:
         inner -= 1
     run = math.prod(box.counts[inner:]) * tensor.dtype.itemsize
     rows = math.prod(box.counts[:inner])
-    if inner == 0 or box.steps[inner] > 1 or run == 0:
+    if inner == 0 or box.steps[inner] > 1 or not 0 < run < _WORTH_READING:
         return 1
     return min(-(-_WORTH_READING // run), rows) * math.prod(tensor.shape[inner:])
 

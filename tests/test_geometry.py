@@ -200,6 +200,7 @@ def test_a_grid_of_boxes_passes() -> None:
         ((0, 0), (4096, 128), 64 * 8192),  # 512 bytes of each row: 64 rows are 32 KiB
         ((0, 0), (16, 128), 16 * 8192),  # no more rows than there are
         ((0, 0), (4096, 8192), 1),  # whole rows lie in one piece
+        ((0, 0), (4096, 8191), 2 * 8192),  # nearly
     ],
 )
 def test_some_columns_of_a_matrix_are_read_many_rows_at_a_time(
@@ -208,6 +209,11 @@ def test_some_columns_of_a_matrix_are_read_many_rows_at_a_time(
     box = Box(origin, counts, (1, 1), "f", 0, (4 * counts[1], 4))
     tensor = Tensor("t", "weight", (4096, 8192), DType.float32, (box,))
     assert block_numel(tensor, [box]) == expected
+
+
+def test_columns_that_are_worth_a_read_each_are_read_row_by_row() -> None:
+    box = Box((0, 0), (64, 8192), (1, 1), "f", 0, (8192 * 4, 4))
+    assert block_numel(Tensor("t", "weight", (64, 16384), DType.float32, (box,)), [box]) == 1
 
 
 def test_matrices_in_a_stack_of_which_columns_are_held_are_read_across_experts() -> None:
