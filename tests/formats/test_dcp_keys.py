@@ -129,11 +129,15 @@ def test_two_optimizers_are_refused(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-@pytest.mark.parametrize("listed", [False, True], ids=["another name", "a list"])
-def test_optimizer_state_under_another_name_is_refused(listed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["another name", "a list", "in the model"])
+def test_optimizer_state_under_another_name_is_refused(where: str, tmp_path: Path) -> None:
     model = parameters()
-    beside = {"optimizers": [optimizer(model)] * 2} if listed else {"model_optimizer": optimizer(model)}
-    save({"model": model, **beside}, tmp_path)
+    state = {
+        "another name": {"model": model, "model_optimizer": optimizer(model)},
+        "a list": {"model": model, "optimizers": [optimizer(model)] * 2},
+        "in the model": {"model": model | {"optimizer": optimizer(model)}},
+    }
+    save(state[where], tmp_path)
     checkpoint = read(tmp_path)[1]
     assert {tensor.name for tensor in checkpoint.tensors} == set(model)
     assert "looks like an optimizer's" in checkpoint.unresolved
@@ -145,6 +149,9 @@ def test_an_optimizer_without_a_model_is_refused(tmp_path: Path) -> None:
     save({"optimizer": optimizer(parameters())}, tmp_path)
     with pytest.raises(UnreadableError, match="and no model"):
         read(tmp_path)
+    save({"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, tmp_path / "numbered")
+    with pytest.raises(UnreadableError, match="and no model"):
+        read(tmp_path / "numbered")
 
 
 def test_a_module_may_be_called_as_an_optimizer_is(tmp_path: Path) -> None:

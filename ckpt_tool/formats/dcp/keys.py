@@ -8,7 +8,7 @@ apart as text either way (torch/distributed/checkpoint/state_dict.py, ``_flatten
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,14 +109,17 @@ def sort_entries(contents: Contents, root: str, *, with_model: bool = True) -> S
     rest: dict[str, Held] = {}
     roots: dict[str, str] = {}
     numbered = any(_LIST_OF_GROUP.fullmatch(key) for key in contents.objects)
-    entries = [*contents.tensors.items(), *contents.objects.items()]
-    found.unresolved = next((why for key, _ in entries if (why := _unresolved(key, contents.paths))), "")
-    for key, value in entries:
-        match = None if _is_models(key, contents.paths) else _OPTIMIZER.fullmatch(key)
+    entries = [
+        (key, value, None if _is_models(key, contents.paths) else _OPTIMIZER.fullmatch(key))
+        for key, value in [*contents.tensors.items(), *contents.objects.items()]
+    ]
+    strange = {key for key, _, match in entries if match is None and _is_strange_optimizers(key)}
+    found.unresolved = _why_unresolved(entries, strange)
+    for key, value, match in entries:
         if match is None or found.unresolved:
             if not isinstance(value, Held):
                 found.others[key] = value
-            elif match is not None or _is_strange_optimizers(key):
+            elif match is not None or key in strange:
                 found.other_tensors[key] = value
             else:
                 rest[key] = value
@@ -150,22 +153,22 @@ def _is_models(key: str, paths: Mapping[str, Path]) -> bool:
     return any(path[: len(known)] == known for known in _MODEL_ROOTS)
 
 
-def _unresolved(key: str, paths: Mapping[str, Path]) -> str:
-    """Why an entry keeps the optimizer's state from being understood; empty where it does not."""
-    if _is_models(key, paths):
-        return ""
-    match = _OPTIMIZER.fullmatch(key)
-    if match is None and _is_strange_optimizers(key):
-        return (
-            f"{key} looks like an optimizer's, but optimizer state is read only where it is saved as "
-            "`optimizer`, `optimizers` or `optim` and then `state` and `param_groups`, one optimizer for "
-            "the model."
-        )
-    if match and match["kind"] == "state" and match["rest"].rpartition(".")[0].isdecimal():
-        return (
-            f"Optimizer state is keyed by number ({key}), which only the run that saved it can resolve; "
-            "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict keys it by name."
-        )
+def _why_unresolved(
+    entries: Iterable[tuple[str, Any, re.Match[str] | None]], strange: Collection[str]
+) -> str:
+    """Why the optimizer's state cannot be understood; empty where it can, or there is none."""
+    for key, _, match in entries:
+        if key in strange:
+            return (
+                f"{key} looks like an optimizer's, but optimizer state is read only where it is saved as "
+                "`optimizer`, `optimizers` or `optim` and then `state` and `param_groups`, one optimizer "
+                "for the model."
+            )
+        if match and match["kind"] == "state" and match["rest"].rpartition(".")[0].isdecimal():
+            return (
+                f"Optimizer state is keyed by number ({key}), which only the run that saved it can "
+                "resolve; torch.distributed.checkpoint.state_dict.get_optimizer_state_dict keys it by name."
+            )
     return ""
 
 
@@ -226,7 +229,7 @@ def _split_model(found: Sorted, rest: dict[str, Held], paths: Mapping[str, Path]
             found.other_tensors[key] = held
     for key in [key for key in found.others if _is_modules(key, prefix)]:
         found.model_objects[key.removeprefix(prefix)] = found.others.pop(key)
-    if found.has_optimizer and not found.model:
+    if (found.has_optimizer or found.unresolved) and not found.model:
         raise UnreadableError(
             f"{root} holds the state of an optimizer and no model. Pass the directory that has both; for "
             "accelerate that is the one above."
