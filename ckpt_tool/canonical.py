@@ -229,6 +229,11 @@ class MoELayer:
     holders: tuple[tuple[int, ...], ...] = ()
 
 
+def even_holders(local: int, ep: int) -> tuple[tuple[int, ...], ...]:
+    """The experts of each of ``ep`` ranks that hold ``local`` each, in order: ``MoELayer.holders``."""
+    return tuple(tuple(range(rank * local, (rank + 1) * local)) for rank in range(ep))
+
+
 @dataclass(frozen=True, slots=True)
 class Topology:
     """The ranks a checkpoint was saved by. Sizes are counts of ranks; None where the format has none.
@@ -316,6 +321,12 @@ class Checkpoint:
 
     def by_key(self) -> dict[tuple[TensorName, str], Tensor]:
         return {(tensor.name, tensor.state): tensor for tensor in self.tensors}
+
+    def by_state(self) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
+        for tensor in self.tensors:
+            found.setdefault(tensor.state, []).append(tensor)
+        return found
 
     def values(self) -> list[Tensor]:
         """The tensors a model consists of: masters where there are any, stored weights elsewhere."""

@@ -42,12 +42,11 @@ _ByTail = tuple[tuple[str, tuple[tuple[str, tuple[Stored, ...]], ...]], ...]
 
 class Match(NamedTuple):
     """What a stored name may stand for: its possible layouts, the layer's path as named, the expert's id
-    (None for a stack of all), and the number that stands in the name."""
+    (None for a stack of all)."""
 
     layouts: tuple[Stored, ...]
     layer_path: str
     expert: int | None
-    number: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +142,7 @@ class Family:
         self, layouts: tuple[Stored, ...], path: str, number: int | None, sizes: Mapping[str, int]
     ) -> Match:
         if number is None or not any(stored.after for stored in layouts):
-            return Match(layouts, path, number, number)
+            return Match(layouts, path, number)
         if "E" not in sizes:
             raise UnreadableError(
                 f"The family {self.name} numbers two kinds of experts as one list, and config.json does "
@@ -151,7 +150,7 @@ class Family:
             )
         after = number >= sizes["E"]
         chosen = tuple(stored for stored in layouts if stored.after is after)
-        return Match(chosen, path, number - sizes["E"] * after, number)
+        return Match(chosen, path, number - sizes["E"] * after)
 
     def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
         """E, I and H as far as a config states them."""

@@ -9,7 +9,7 @@ from typing import Any
 from ckpt_tool.canonical import Checkpoint, ExpertName, MoELayer, ParamGroup, Tensor, TensorName
 from ckpt_tool.errors import MismatchError
 from ckpt_tool.families import Family, text_config
-from ckpt_tool.families.dense import Joined
+from ckpt_tool.families.dense import joined_in_memory
 from ckpt_tool.families.naming import to_hub
 
 AUTOEP = "autoep"
@@ -111,18 +111,14 @@ def _joined(hub: Checkpoint, family: Family) -> tuple[list[Tensor], dict[str, st
     """The tensors with those joined that are one in memory, and the name of the whole by that of a part."""
     if not family.parts:
         return list(hub.tensors), {}
-    by_state: dict[str, list[Tensor]] = {}
-    for tensor in hub.tensors:
-        by_state.setdefault(tensor.state, []).append(tensor)
-    joined = {state: Joined.in_memory(tensors, family) for state, tensors in by_state.items()}
+    joined = {state: joined_in_memory(tensors, family) for state, tensors in hub.by_state().items()}
     result: list[Tensor] = []
     wholes: dict[str, str] = {}
     for tensor in hub.tensors:
-        found = joined[tensor.state].whole(str(tensor.name))
-        if found is not None:
-            wholes |= dict.fromkeys(found[1], found[0])
-        whole = joined[tensor.state].tensors(tensor)
-        result += [tensor] if whole is None else whole
+        whole = joined[tensor.state].get(tensor.name)
+        result += [tensor] if whole is None else whole.here
+        if whole is not None:
+            wholes[str(tensor.name)] = whole.name
     return result, wholes
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
-from ckpt_tool.canonical import Tensor
+from ckpt_tool.canonical import Tensor, TensorName
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.families import Family
 from ckpt_tool.families.forms import compiled
@@ -69,68 +70,72 @@ def _turned(tensor: Tensor, renames: Iterable[tuple[str, str]], path: Callable[[
     return []
 
 
-class Joined:
-    """Wholes put together from their parts, among tensors of one state."""
+class Whole(NamedTuple):
+    """What a part is joined into: its name and those of all parts. ``here`` stands in the part's place: the
+    whole in the first part's, nothing in the others'."""
 
-    def __init__(self, tensors: Iterable[Tensor], relation: Relation, path: Callable[[str], str]) -> None:
-        self._relation, self._path = relation, path
-        held = tensors if relation else ()
-        self._held = {tensor.name: tensor for tensor in held if isinstance(tensor.name, str)}
-        self._done: set[str] = set()
+    name: str
+    parts: tuple[str, ...]
+    here: tuple[Tensor, ...]
 
-    @staticmethod
-    def in_memory(tensors: Iterable[Tensor], family: Family) -> Joined:
-        """Of published tensors, those that transformers has as one."""
-        return Joined(tensors, family.parts, family.memory_module)
 
-    @staticmethod
-    def published(tensors: Iterable[Tensor], family: Family) -> Joined:
-        """Of tensors in memory, those that are published as one."""
-        return Joined(tensors, family.joined, family.published_path)
+def joined_in_memory(tensors: Iterable[Tensor], family: Family) -> dict[TensorName, Whole]:
+    """Of published tensors, one of each name, the parts of what transformers has as one.
 
-    def tensors(self, tensor: Tensor) -> list[Tensor] | None:
-        """The tensor that this is a part of, with its first part; nothing with the others. None where it
-        is no part of another."""
-        found = self.whole(str(tensor.name))
-        if found is None:
-            return None
-        key, names = found
-        if key in self._done:
-            return []
-        self._done.add(key)
-        return [self._join(key, names)]
+    Raises:
+        MismatchError: another part is missing, or of another form.
+    """
+    return _joined(tensors, family.parts, family.memory_module)
 
-    def whole(self, name: str) -> tuple[str, list[str]] | None:
-        """The tensor that this one is a part of, and the names of all its parts.
 
-        Raises:
-            MismatchError: another part is missing.
-        """
-        for whole, parts in self._relation.items():
-            for part in parts:
-                match = compiled(part).fullmatch(name)
-                if match is None:
-                    continue
-                names = [other.format(layer=match["layer"]) for other in parts]
-                missing = [other for other in names if other not in self._held]
-                if missing:
-                    raise MismatchError(
-                        f"{missing[0]} is missing; the target holds it and {name} as one tensor."
-                    )
-                return whole.format(layer=self._path(match["layer"])), names
-        return None
+def joined_as_published(tensors: Iterable[Tensor], family: Family) -> dict[TensorName, Whole]:
+    """Of tensors in memory, one of each name, the parts of what is published as one.
 
-    def _join(self, key: str, names: Sequence[str]) -> Tensor:
-        parts = [self._held[name] for name in names]
-        first = parts[0]
-        placed, row = [], 0
+    Raises:
+        MismatchError: another part is missing, or of another form.
+    """
+    return _joined(tensors, family.joined, family.published_path)
+
+
+def _joined(
+    tensors: Iterable[Tensor], relation: Relation, path: Callable[[str], str]
+) -> dict[TensorName, Whole]:
+    found: dict[TensorName, Whole] = {}
+    if not relation:
+        return found
+    held = {tensor.name: tensor for tensor in tensors if isinstance(tensor.name, str)}
+    for name in held:
+        whole = None if name in found else _whole(name, relation, path)
+        if whole is None:
+            continue
+        missing = [part for part in whole.parts if part not in held]
+        if missing:
+            raise MismatchError(f"{missing[0]} is missing; the target holds it and {name} as one tensor.")
+        found |= dict.fromkeys(whole.parts, whole)
+        found[name] = whole._replace(here=(_concatenated(whole.name, [held[p] for p in whole.parts]),))
+    return found
+
+
+def _whole(name: str, relation: Relation, path: Callable[[str], str]) -> Whole | None:
+    for whole, parts in relation.items():
         for part in parts:
-            if (part.dtype, part.shape[1:]) != (first.dtype, first.shape[1:]):
-                raise MismatchError(
-                    f"{part.label()} is {part.dtype} {list(part.shape)}, {first.label()} is {first.dtype} "
-                    f"{list(first.shape)}; the target holds them as one tensor."
-                )
-            rest = [Axis(dim, 0, size) for dim, size in enumerate(part.shape)][1:]
-            placed.append(Placed(part, (Axis(0, row, part.shape[0]), *rest)))
-            row += part.shape[0]
-        return replace(assemble(first, (row, *first.shape[1:]), placed), name=key)
+            match = compiled(part).fullmatch(name)
+            if match is not None:
+                names = tuple(other.format(layer=match["layer"]) for other in parts)
+                return Whole(whole.format(layer=path(match["layer"])), names, ())
+    return None
+
+
+def _concatenated(name: str, parts: Sequence[Tensor]) -> Tensor:
+    first = parts[0]
+    placed, row = [], 0
+    for part in parts:
+        if (part.dtype, part.shape[1:]) != (first.dtype, first.shape[1:]):
+            raise MismatchError(
+                f"{part.label()} is {part.dtype} {list(part.shape)}, {first.label()} is {first.dtype} "
+                f"{list(first.shape)}; the target holds them as one tensor."
+            )
+        rest = [Axis(dim, 0, size) for dim, size in enumerate(part.shape)][1:]
+        placed.append(Placed(part, (Axis(0, row, part.shape[0]), *rest)))
+        row += part.shape[0]
+    return replace(assemble(first, (row, *first.shape[1:]), placed), name=name)

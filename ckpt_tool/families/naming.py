@@ -16,11 +16,18 @@ from ckpt_tool.canonical import (
     Scalar,
     Tensor,
     TensorName,
+    even_holders,
 )
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.families import FUSED_FORM, Family
 from ckpt_tool.families.agreement import with_stated_ties
-from ckpt_tool.families.dense import Joined, memory_parts, published_parts
+from ckpt_tool.families.dense import (
+    Whole,
+    joined_as_published,
+    joined_in_memory,
+    memory_parts,
+    published_parts,
+)
 from ckpt_tool.families.forms import Stored, compiled, join, split
 from ckpt_tool.geometry import Cut, CutRegions
 
@@ -67,23 +74,19 @@ def to_hub(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any] | N
     layers = {layer.layer_path: layer for layer in checkpoint.moe_layers}
     taken_apart: dict[TensorName, tuple[TensorName, ...]] = {}
     experts = family.sizes(config or checkpoint.model_config or {}).get("E")
-    by_state = _by_state(checkpoint.tensors)
-    joined = {state: Joined.published(tensors, family) for state, tensors in by_state.items()}
+    ep = checkpoint.topology.ep_size
+    joined = {state: joined_as_published(held, family) for state, held in checkpoint.by_state().items()}
     for tensor in checkpoint.tensors:
-        whole = joined[tensor.state].whole(str(tensor.name))
+        whole = joined[tensor.state].get(tensor.name)
         parts = _taken_apart(tensor, family, experts)
         if whole is not None:
-            taken_apart[tensor.name] = (whole[0],)
-            tensors += joined[tensor.state].tensors(tensor) or []
+            taken_apart[tensor.name] = (whole.name,)
+            tensors += whole.here
         elif parts:
             taken_apart[tensor.name] = tuple(part.name for part in parts)
             first = parts[0].name
             if isinstance(first, ExpertName) and first.layer_path not in layers:
-                count = parts[0].shape[0]
-                layers[first.layer_path] = replace(
-                    moe_layer(first.layer_path, count, family),
-                    holders=_even(count, checkpoint.topology.ep_size),
-                )
+                layers[first.layer_path] = moe_layer(first.layer_path, parts[0].shape[0], family, ep)
             tensors += parts
         elif isinstance(tensor.name, ExpertName):
             tensors.append(tensor)
@@ -127,19 +130,6 @@ def to_hub(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any] | N
     return with_stated_ties(found, config or {})
 
 
-def _even(experts: int, ep: int | None) -> tuple[tuple[int, ...], ...]:
-    """The experts of each EP rank, as FSDP2 runs have them; none where the EP size is not known."""
-    size = experts // ep if ep else 0
-    return tuple(tuple(range(rank * size, (rank + 1) * size)) for rank in range(ep or 0))
-
-
-def _by_state(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
-    found: dict[str, list[Tensor]] = {}
-    for tensor in tensors:
-        found.setdefault(tensor.state, []).append(tensor)
-    return found
-
-
 def _publishable(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """Without the tensors that no published file has, which a note names."""
     own = {
@@ -157,11 +147,13 @@ def _publishable(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     )
 
 
-def moe_layer(layer_path: str, experts: int, family: Family) -> MoELayer:
-    """A layer with its MoE block where transformers has it in memory."""
+def moe_layer(layer_path: str, experts: int, family: Family, ep: int | None = None) -> MoELayer:
+    """A layer with its MoE block where transformers has it in memory, spread over ``ep`` ranks as FSDP2
+    runs spread it, if that is known."""
     pattern = family.fused[0].pattern if family.fused else "{layer}.mlp.experts"
     block = pattern.partition("{layer}.")[2].partition(".")[0]
-    return MoELayer(layer_path, f"{layer_path}.{block}", experts)
+    holders = even_holders(experts // ep, ep) if ep else ()
+    return MoELayer(layer_path, f"{layer_path}.{block}", experts, holders)
 
 
 def _check_conserved(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
@@ -210,29 +202,28 @@ def from_hub(
     chosen = _Choice(tensors, family, sizes)
     stacks: dict[ExpertName, dict[int, Tensor]] = {}
     found: list[Tensor | ExpertName] = []
-    joined = Joined.published(tensors.values(), family)
+    joined = joined_as_published(tensors.values(), family)
     for name, tensor in tensors.items():
         match = family.match(name, sizes)
         if match is None:
-            known = joined.tensors(tensor)
-            found += (
-                known
-                if known is not None
-                else published_parts(tensor, family) or [_published(tensor, family)]
-            )
+            if name in joined:
+                found += joined[name].here
+            else:
+                found += published_parts(tensor, family) or [_published(tensor, family)]
             continue
         layer = family.published_path(match.layer_path)
         stored = chosen.layout(match.layouts, match.layer_path)
-        if match.expert is None or match.number is None:
+        if match.expert is None:
             found += _with_encoding(split(tensor, stored, layer, sizes.get("E")), tensor)
             continue
         stack = stored.names(layer)[0]
         if stack not in stacks:
             stacks[stack] = {}
             found.append(stack)
-        if name != stored.key(match.layer_path, match.number):
+        expected = stored.key(match.layer_path, match.expert + sizes.get("E", 0) * stored.after)
+        if name != expected:
             raise UnreadableError(
-                f"{name} numbers its expert otherwise than {stored.key(match.layer_path, match.number)}; "
+                f"{name} numbers its expert otherwise than {expected}; "
                 "nothing tells whether that is the same expert. Correct the name."
             )
         stacks[stack][match.expert] = tensor
@@ -389,7 +380,7 @@ def entries(tensors: Sequence[Tensor], family: Family, style: str) -> list[Entry
     for tensor in tensors:
         if isinstance(tensor.name, ExpertName):
             by_layer.setdefault(tensor.name.layer_path, {})[tensor.name] = tensor
-    joined = Joined.in_memory(tensors, family) if style == FUSED_FORM else None
+    joined = joined_in_memory(tensors, family) if style == FUSED_FORM else None
     found: list[Entry] = []
     for tensor in tensors:
         if isinstance(tensor.name, ExpertName):
@@ -403,17 +394,14 @@ def entries(tensors: Sequence[Tensor], family: Family, style: str) -> list[Entry
     return found
 
 
-def _in_memory(tensor: Tensor, joined: Joined, family: Family) -> list[Entry]:
+def _in_memory(tensor: Tensor, joined: Mapping[TensorName, Whole], family: Family) -> list[Entry]:
     """A dense tensor as transformers has it: under its name, in parts, or with those it is one with."""
     name = str(tensor.name)
-    whole = joined.whole(name)
-    sources = (name,) if whole is None else tuple(whole[1])
-    found = joined.tensors(tensor)
-    if found is None:
-        found = memory_parts(tensor, family) or [
-            replace(tensor, name=family.unpublished(name, "transformers"))
-        ]
-    return [Entry(str(one.name), one, one.shape, sources) for one in found]
+    whole = joined.get(name)
+    if whole is not None:
+        return [Entry(whole.name, one, one.shape, whole.parts) for one in whole.here]
+    found = memory_parts(tensor, family) or [replace(tensor, name=family.unpublished(name, "transformers"))]
+    return [Entry(str(one.name), one, one.shape, (name,)) for one in found]
 
 
 def _layer(path: str, held: dict[TensorName, Tensor], family: Family, style: str) -> list[Entry]:

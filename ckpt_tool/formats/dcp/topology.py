@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from ckpt_tool.canonical import ExpertName, MoELayer, Tensor, TensorName, Topology
+from ckpt_tool.canonical import ExpertName, MoELayer, Tensor, TensorName, Topology, even_holders
 from ckpt_tool.formats.dcp.contents import Held, Part, rank_of
 from ckpt_tool.formats.dcp.experts import titan_expert
 from ckpt_tool.formats.dcp.grid import expert_grid
@@ -77,8 +77,7 @@ def layers_of(
         count = tensor.shape[0]
         holders: tuple[tuple[int, ...], ...] = ()
         if ep:
-            size = count // ep
-            holders = tuple(tuple(range(rank * size, (rank + 1) * size)) for rank in range(ep))
+            holders = even_holders(count // ep, ep)
         elif len(held[key].tensor.shape) == 3:
             holders = _holders(held[key].parts)
         found[tensor.name.layer_path] = MoELayer(tensor.name.layer_path, _module(key), count, holders)

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ckpt_tool.canonical import Region
+from ckpt_tool.canonical import Region, even_holders
 from ckpt_tool.errors import UnreadableError
 
 
@@ -78,7 +78,7 @@ def expert_holders(entry: Mapping[str, Any], where: str) -> tuple[tuple[int, ...
                 f"{where}: {layer} has num_experts={experts}, but {ep_size} EP ranks of {local} "
                 "experts each. The metadata contradicts itself."
             )
-        return tuple(tuple(range(rank * local, (rank + 1) * local)) for rank in range(ep_size))
+        return even_holders(local, ep_size)
     try:
         version = placement["version"]
         listed = {item["rank"]: tuple(item["experts"]) for item in placement["ranks"]}
