@@ -17,7 +17,7 @@ from typing import Any
 
 from ckpt_tool.canonical import Checkpoint, DType
 from ckpt_tool.commit import manifest_root, occupied, read_manifest
-from ckpt_tool.comparison import Verdict, check_replicas, compare
+from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.conversion import Execution as Execution
 from ckpt_tool.conversion import carry_out, check_disk, refuse_own_source, refuse_strangers
 from ckpt_tool.duplicates import Copies, find_copies
@@ -41,6 +41,7 @@ from ckpt_tool.model_files import (
 )
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader
+from ckpt_tool.values import check_replicas
 
 PathLike = str | os.PathLike[str]
 

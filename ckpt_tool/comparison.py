@@ -1,60 +1,30 @@
 """Are two checkpoints the same? Canonically: tensor by tensor, state by state, bit for bit, whatever their
-formats and topologies. And are the copies of one tensor inside a checkpoint the same?
+formats and topologies.
 """
 
 from __future__ import annotations
 
-import ctypes
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from ckpt_tool.canonical import (
     MASTER,
     NOT_COMPARED,
     WEIGHT,
-    Box,
     Checkpoint,
     ExpertName,
-    Region,
     Tensor,
     TensorName,
 )
-from ckpt_tool.containers.decoded import DecodingReader, real_file
-from ckpt_tool.errors import CkptToolError, MismatchError, UsageError
+from ckpt_tool.containers.decoded import real_file
+from ckpt_tool.errors import UsageError
 from ckpt_tool.execute.budget import Budget
-from ckpt_tool.execute.casts import cast
-from ckpt_tool.execute.gather import gather
-from ckpt_tool.execute.local import EXTENT_BYTES
-from ckpt_tool.execute.meter import Meter, Silent
-from ckpt_tool.execute.threads import in_parallel
+from ckpt_tool.execute.meter import Meter
 from ckpt_tool.families import family_of
 from ckpt_tool.families.naming import to_hub
-from ckpt_tool.geometry import (
-    Axis,
-    Piece,
-    along_in_file,
-    block_numel,
-    check_disjoint,
-    clip,
-    cut,
-    pieces,
-    row_major,
-    take,
-)
 from ckpt_tool.storage import Reader
-
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-
-
-class Difference(NamedTuple):
-    """One thing found wrong. ``kind``: missing, extra, shape, dtype, value, scalar, checksum, coverage."""
-
-    kind: str
-    name: str
-    message: str
+from ckpt_tool.values import Difference, Pair, check_replicas, differing
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +39,6 @@ class Verdict:
     @property
     def passed(self) -> bool:
         return not self.differences
-
-
-class _Pair(NamedTuple):
-    """Two tensors to compare; ``rounded``: where dtypes differ, the wider one after rounding."""
-
-    a: Tensor
-    b: Tensor
-    rounded: bool = False
-
-
-# ---- two checkpoints
 
 
 def compare(
@@ -122,7 +81,7 @@ def compare(
     if casts:
         notes.append(f"{casts} tensors differ in dtype and were compared after rounding the wider one.")
     meter.start(sum(pair.a.nbytes for pair in checked))
-    differences += _values(checked, readers, budget, meter)
+    differences += differing(checked, readers, budget, meter)
     differences.sort()
     if differences and all(difference.kind == "dtype" for difference in differences):
         notes.append(
@@ -153,7 +112,7 @@ def _named_by_one(a: Checkpoint, b: Checkpoint) -> bool:
     return known[0] != known[1]
 
 
-def _pair_up(a: Checkpoint, b: Checkpoint) -> tuple[list[_Pair], list[Difference], list[str]]:
+def _pair_up(a: Checkpoint, b: Checkpoint) -> tuple[list[Pair], list[Difference], list[str]]:
     """Match tensors by name and state. A side without optimizer state is compared by its values."""
     notes: list[str] = []
     weights_only = [all(tensor.state == WEIGHT for tensor in side.tensors) for side in (a, b)]
@@ -164,7 +123,7 @@ def _pair_up(a: Checkpoint, b: Checkpoint) -> tuple[list[_Pair], list[Difference
             f"Not compared: {', '.join(states) or 'optimizer state'}, which {which} does not hold; its "
             "weights are compared with the other's masters."
         )
-    derived: list[_Pair] = []
+    derived: list[Pair] = []
     if any(weights_only):
         left = {(t.name, ""): t for t in a.values()}
         right = {(t.name, ""): t for t in b.values()}
@@ -183,7 +142,7 @@ def _pair_up(a: Checkpoint, b: Checkpoint) -> tuple[list[_Pair], list[Difference
         if key not in left
     ]
     pairs = [
-        _Pair(left[key], right[key], weights_only[0] != weights_only[1]) for key in left if key in right
+        Pair(left[key], right[key], weights_only[0] != weights_only[1]) for key in left if key in right
     ]
     return pairs + derived, differences, notes
 
@@ -192,14 +151,14 @@ def _aliased(
     one: dict[tuple[TensorName, str], Tensor],
     other: dict[tuple[TensorName, str], Tensor],
     aliases: Mapping[str, str],
-) -> list[_Pair]:
+) -> list[Pair]:
     """Tensors that the other side lists, and this side as a further name of another: taken out of there."""
     pairs = []
     for name, state in [key for key in other if key not in one]:
         listed = aliases.get(name) if isinstance(name, str) else None
         state_here = MASTER if state == WEIGHT and listed and (listed, MASTER) in one else state
         if listed is not None and (listed, state_here) in one:
-            pairs.append(_Pair(one[listed, state_here], other.pop((name, state)), state != state_here))
+            pairs.append(Pair(one[listed, state_here], other.pop((name, state)), state != state_here))
     return pairs
 
 
@@ -207,7 +166,7 @@ def _derived(
     left: dict[tuple[TensorName, str], Tensor],
     right: dict[tuple[TensorName, str], Tensor],
     notes: list[str],
-) -> list[_Pair]:
+) -> list[Pair]:
     """Weights that only one side stores, beside its masters or in their place (a run that trains in bf16):
     they are to be the other's masters, rounded.
 
@@ -218,10 +177,10 @@ def _derived(
         for name, state in [key for key in one if key[1] == WEIGHT and key not in other]:
             if (name, MASTER) in one and (name, MASTER) in other:
                 weight, master = one.pop((name, state)), other[name, MASTER]
-                pairs.append(_Pair(master, weight, True) if swap else _Pair(weight, master, True))
+                pairs.append(Pair(master, weight, True) if swap else Pair(weight, master, True))
             elif (name, MASTER) in other and (name, MASTER) not in one:
                 weight, master = one.pop((name, state)), other.pop((name, MASTER))
-                pairs.append(_Pair(master, weight, True) if swap else _Pair(weight, master, True))
+                pairs.append(Pair(master, weight, True) if swap else Pair(weight, master, True))
     if pairs:
         notes.append(
             f"{len(pairs)} weights stored on one side only were compared with the other's masters."
@@ -233,7 +192,7 @@ def _home(tensor: Tensor) -> str:
     return next((real_file(region.file) for region in tensor.regions), "of no elements")
 
 
-def _form(pair: _Pair, rounded: bool) -> list[Difference]:
+def _form(pair: Pair, rounded: bool) -> list[Difference]:
     a, b, _ = pair
     if a.shape != b.shape:
         return [
@@ -344,201 +303,3 @@ def _same_option(one: Any, other: Any) -> bool:
     if not isinstance(one, _PLAIN) or not isinstance(other, _PLAIN):
         return True
     return one == other or repr(one) == repr(other)
-
-
-def _values(
-    pairs: list[_Pair],
-    readers: tuple[Reader, Reader],
-    budget: Budget,
-    meter: Meter,
-) -> list[Difference]:
-    """A differing element of every pair, found by all workers together: the first in the order compared."""
-    found: dict[int, tuple[int, Difference]] = {}
-    lock = threading.Lock()
-
-    def work() -> Iterator[tuple[int, _Placed, int, int]]:
-        for number, pair in enumerate(pairs):
-            try:
-                for tensor in pair[:2]:
-                    check_disjoint(tensor)
-                placed = _placed(pair)
-            except CkptToolError as error:
-                found[number] = (0, Difference("coverage", str(pair.a.name), str(error)))
-                continue
-            most = EXTENT_BYTES // pair.a.dtype.itemsize
-            block = max(block_numel(placed.pair.a, placed.one), block_numel(placed.pair.b, placed.other))
-            for start, numel in cut(0, pair.a.numel, most, block):
-                yield number, placed, start, numel
-
-    def compare_one(comparer: _Comparer, item: tuple[int, _Placed, int, int]) -> None:
-        number, (pair, one, other, order), start, numel = item
-        at = comparer.first_difference(pair, one, other, start, numel, meter)
-        if at is None:
-            return
-        files = [
-            file_of(t, found_pieces, at) for t, found_pieces in zip(pair[:2], (one, other), strict=True)
-        ]
-        original = pairs[number].a
-        at = _index_before(at, original.shape, order)
-        difference = Difference(
-            "value",
-            str(original.name),
-            f"{original.element(at)} differs: the first in {files[0]}, the second in {files[1]} "
-            f"(flat index {at})",
-        )
-        with lock:
-            if number not in found or at < found[number][0]:
-                found[number] = (at, difference)
-
-    in_parallel(work(), lambda: _Comparer(readers, budget), compare_one, budget.workers)
-    return [difference for _, difference in found.values()]
-
-
-class _Placed(NamedTuple):
-    """A pair, where the elements of each side lie, and the order in which ``pair`` has the dimensions of
-    the pair it was made of."""
-
-    pair: _Pair
-    one: list[Piece]
-    other: list[Piece]
-    order: tuple[int, ...]
-
-
-def _placed(pair: _Pair) -> _Placed:
-    """A pair in the order of its files, where both sides have their elements in one order there that is not
-    the tensor's: two transposed matrices are compared as they lie."""
-    rank = len(pair.a.shape)
-    one, other = (pieces(tensor, 0, tensor.numel) for tensor in pair[:2])
-    runs_along = {along_in_file(piece) if isinstance(piece, Box) else rank - 1 for piece in (*one, *other)}
-    along = runs_along.pop() if len(runs_along) == 1 else rank - 1
-    if along == rank - 1:
-        return _Placed(pair, one, other, tuple(range(rank)))
-    order = (*(dim for dim in range(rank) if dim != along), along)
-    a, b = (take(t, [Axis(dim, 0, t.shape[dim]) for dim in order]) for t in pair[:2])
-    turned = pair._replace(a=a, b=b)
-    return _Placed(turned, pieces(a, 0, a.numel), pieces(b, 0, b.numel), order)
-
-
-def _index_before(at: int, shape: tuple[int, ...], order: tuple[int, ...]) -> int:
-    """The flat index in a tensor of ``shape`` of the element that is at ``at`` once its dimensions are in
-    ``order``."""
-    found = 0
-    flat = row_major(shape, 1)
-    for dim in reversed(order):
-        at, place = divmod(at, shape[dim])
-        found += place * flat[dim]
-    return found
-
-
-def file_of(tensor: Tensor, found: list[Piece], element: int) -> str:
-    """The file that holds an element."""
-    return real_file(clip(tensor, found, element, 1)[0].file)
-
-
-class _Comparer:
-    """One worker's two buffers; the second also holds what a cast makes of the first, and scratch. They
-    grow where a matrix is to be transposed."""
-
-    def __init__(self, readers: tuple[Reader, Reader], budget: Budget) -> None:
-        self._readers: tuple[Reader, Reader] = (DecodingReader(readers[0]), DecodingReader(readers[1]))
-        self._budget = budget
-        self._one, self._other = (memoryview(bytearray(budget.tile)) for _ in range(2))
-
-    def _grow(self, size: int) -> None:
-        if size > len(self._one):
-            self._one = self._other = memoryview(b"")  # never the old ones beside the new
-            self._one, self._other = (memoryview(bytearray(size)) for _ in range(2))
-
-    def first_difference(
-        self,
-        pair: _Pair,
-        one: list[Piece],
-        other: list[Piece],
-        start: int,
-        numel: int,
-        meter: Meter,
-    ) -> int | None:
-        """The first element in ``start .. start + numel`` that differs in any bit; None where none does."""
-        # the wider dtype is rounded to the narrower, which is how it was made
-        swap = pair.a.dtype.itemsize < pair.b.dtype.itemsize
-        wide, narrow = (pair.b, pair.a) if swap else (pair.a, pair.b)
-        wide_pieces, narrow_pieces = (other, one) if swap else (one, other)
-        wide_reader, narrow_reader = self._readers[::-1] if swap else self._readers
-        casting = wide.dtype is not narrow.dtype
-        shared = casting or any(isinstance(piece, Box) for piece in (*one, *other))
-        itemsize = wide.dtype.itemsize * (2 if shared else 1)
-        block = max(block_numel(pair.a, one), block_numel(pair.b, other))
-        if block > 1:
-            self._grow(self._budget.tile_for(block * itemsize))
-        for low, count in cut(start, numel, len(self._one) // itemsize, block):
-            left = self._one[: count * wide.dtype.itemsize]
-            gather(wide_reader, wide, wide_pieces, low, count, left, self._other)
-            size = count * narrow.dtype.itemsize
-            right = self._other[:size]
-            gather(narrow_reader, narrow, narrow_pieces, low, count, right, self._other[size:])
-            if casting:
-                rounded = self._other[size : 2 * size]
-                cast(left, wide.dtype, rounded, narrow.dtype)
-                left = rounded
-            at = _first_difference(left, right)
-            meter.add(count * pair.a.dtype.itemsize)
-            if at is not None:
-                return low + at // narrow.dtype.itemsize
-        return None
-
-
-def _first_difference(a: memoryview, b: memoryview) -> int | None:
-    """The first differing byte of two buffers of one length."""
-    if len(a) == 0 or _equal(a, b):
-        return None
-    low, high = 0, len(a)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _equal(a[low:middle], b[low:middle]):
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def _equal(a: memoryview, b: memoryview) -> bool:
-    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in (a, b)]
-    return bool(_memcmp(*addresses, len(a)) == 0)
-
-
-# ---- copies of one tensor inside a checkpoint
-
-
-def check_replicas(checkpoint: Checkpoint, reader: Reader, budget: Budget) -> None:
-    """Compare what is stored more than once before one of the copies is used: experts that several EP ranks
-    hold, and tied tensors.
-
-    Raises:
-        MismatchError: the copies differ.
-    """
-    comparer = _Comparer((reader, reader), budget)
-    for tensor in checkpoint.tensors:
-        for replica in tensor.replicas:
-            if not isinstance(replica, Region):
-                raise MismatchError(f"{tensor.label()}: copies that are not contiguous are not compared.")
-            originals = pieces(tensor, replica.start, replica.numel)
-            at = comparer.first_difference(
-                _Pair(tensor, tensor),
-                originals,
-                [replica],
-                replica.start,
-                replica.numel,
-                Silent(),
-            )
-            if at is not None:
-                raise MismatchError(
-                    f"{tensor.element(at)}: {_copies(checkpoint, tensor)} differ, in "
-                    f"{file_of(tensor, originals, at)} and {replica.file}. ckpt-tool does not choose."
-                )
-
-
-def _copies(checkpoint: Checkpoint, tensor: Tensor) -> str:
-    tied = [alias for alias, name in checkpoint.aliases.items() if name == tensor.name]
-    if tied and not isinstance(tensor.name, ExpertName):
-        return f"it and {' and '.join(tied)}, which are tied,"
-    return "the copies of this tensor on different ranks"
