@@ -137,7 +137,7 @@ def make(directory: Path, nbytes: float, world: int) -> None:
 
     # run.py gives this to its children; here the module itself is wanted
     sys.path.insert(0, str(ROOT))
-    from ckpt_tool.formats.dcp.grid import dense_grid
+    from ckpt_tool.formats.dcp.grammar.grid import dense_grid
 
     class Planner(DefaultSavePlanner):
         """Makes the values of a chunk when the writer wants to write it."""

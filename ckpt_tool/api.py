@@ -28,7 +28,7 @@ from ckpt_tool.families.agreement import check_config
 from ckpt_tool.families.autoep import refuse_composite, to_autoep
 from ckpt_tool.families.naming import HUB, to_hub
 from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.deepspeed.module_order import with_module_order
+from ckpt_tool.formats.deepspeed.writing.module_order import with_module_order
 from ckpt_tool.formats.hf.quantised import refuse_unreadable
 from ckpt_tool.formats.registry import TARGETS, locate, open_checkpoint
 from ckpt_tool.integrity import check, check_files

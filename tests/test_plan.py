@@ -10,7 +10,7 @@ from ckpt_tool import api
 from ckpt_tool.canonical import DType, Region, Tensor, contiguous
 from ckpt_tool.errors import CkptToolError, CoverageError
 from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.deepspeed.universal import Universal
+from ckpt_tool.formats.deepspeed.writing.universal import Universal
 from ckpt_tool.geometry import Axis, take
 from ckpt_tool.layout import Fill, Layout, Literal, TargetFile, text_file
 from ckpt_tool.plan import copies, extents, make_plan

@@ -9,12 +9,12 @@ from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.formats.base import SourceFormat, TargetFormat
 from ckpt_tool.formats.dcp.format import Dcp
-from ckpt_tool.formats.deepspeed.universal import Universal
-from ckpt_tool.formats.deepspeed.zero0 import Zero0
-from ckpt_tool.formats.deepspeed.zero3 import Zero3
-from ckpt_tool.formats.deepspeed.zero3_target import Zero3Target
-from ckpt_tool.formats.deepspeed.zero12 import Zero12
-from ckpt_tool.formats.deepspeed.zero12_target import Zero12Target
+from ckpt_tool.formats.deepspeed.reading.zero0 import Zero0
+from ckpt_tool.formats.deepspeed.reading.zero3 import Zero3
+from ckpt_tool.formats.deepspeed.reading.zero12 import Zero12
+from ckpt_tool.formats.deepspeed.writing.universal import Universal
+from ckpt_tool.formats.deepspeed.writing.zero3_target import Zero3Target
+from ckpt_tool.formats.deepspeed.writing.zero12_target import Zero12Target
 from ckpt_tool.formats.hf import HuggingFace
 from ckpt_tool.storage import LocalReader, Reader
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from ckpt_tool import api
-from ckpt_tool.formats.deepspeed import groups
+from ckpt_tool.formats.deepspeed.facts import groups
 from tests.conftest import raw
 from tests.engine.deepspeed_run import STATES, Load, RunResult, RunSpec, Save, run_each
 from tests.engine.deepspeed_tools import FIXTURES, ds_to_universal, facts, fixture_spec

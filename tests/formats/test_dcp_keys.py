@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from ckpt_tool import api
 from ckpt_tool.canonical import WEIGHT, Role
 from ckpt_tool.errors import MismatchError, UnreadableError
-from ckpt_tool.formats.dcp.reader import ONLY_HERE
+from ckpt_tool.formats.dcp.reading.reader import ONLY_HERE
 
 from .dcp_tools import convert, read
 

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from ckpt_tool.canonical import Scalar
 from ckpt_tool.errors import MismatchError, UnreadableError
-from ckpt_tool.formats.dcp.titan import Fused, fuse, numbered, unnumbered
+from ckpt_tool.formats.dcp.grammar.titan import Fused, fuse, numbered, unnumbered
 from tests.formats.dcp_tools import read, states
 
 LAYER = "layers.0.attention"

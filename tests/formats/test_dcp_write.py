@@ -20,7 +20,7 @@ from ckpt_tool.canonical import DType
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.families import family_of
 from ckpt_tool.families.naming import to_hub
-from ckpt_tool.formats.dcp.grid import GridChunk, dense_grid, expert_grid, spans
+from ckpt_tool.formats.dcp.grammar.grid import GridChunk, dense_grid, expert_grid, spans
 
 from .dcp_tools import CHECKPOINTS, FIXTURES, assert_equal_to_oracle, convert, oracle, read, write
 from .hub_files import write as write_hub

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from ckpt_tool.canonical import ExpertName, ParamGroup, TensorName
 from ckpt_tool.errors import UsageError
-from ckpt_tool.formats.deepspeed import groups
-from ckpt_tool.formats.deepspeed.partition import partition_size
+from ckpt_tool.formats.deepspeed.facts import groups
+from ckpt_tool.formats.deepspeed.facts.partition import partition_size
 
 EP_SIZES = (1, 2, 3, 4, 6, 12)  # all divide the 12 experts of a layer
 EXPERTS = 12

@@ -16,7 +16,7 @@ from ckpt_tool.errors import CkptToolError, ExecutionError, MismatchError, Unrea
 from ckpt_tool.families import family_of
 from ckpt_tool.families.autoep import to_autoep
 from ckpt_tool.families.naming import to_hub
-from ckpt_tool.formats.deepspeed import module_order
+from ckpt_tool.formats.deepspeed.writing import module_order
 from tests.formats.hub_files import Tensors, convert, equal, experts, noise, plan_for, read, write
 
 E, H, INNER, LAYERS = 4, 32, 16, 3

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 from ckpt_tool import api
 from ckpt_tool.canonical import Checkpoint, DType, ExpertName, Role, Scalar
-from ckpt_tool.formats.deepspeed.flat_groups import FlatGroup, undealt
-from ckpt_tool.formats.deepspeed.optimizer_order import assign
-from ckpt_tool.formats.deepspeed.zero0 import Zero0
-from ckpt_tool.formats.deepspeed.zero12 import Zero12
+from ckpt_tool.formats.deepspeed.facts.flat_groups import FlatGroup, undealt
+from ckpt_tool.formats.deepspeed.facts.optimizer_order import assign
+from ckpt_tool.formats.deepspeed.reading.zero0 import Zero0
+from ckpt_tool.formats.deepspeed.reading.zero12 import Zero12
 from ckpt_tool.storage import LocalReader
 from tests.conftest import (
     DEEPSPEED,

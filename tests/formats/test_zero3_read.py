@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from ckpt_tool import api
 from ckpt_tool.canonical import Checkpoint, ExpertName, Role, Tensor
-from ckpt_tool.formats.deepspeed.partition import consecutive, partition_size
-from ckpt_tool.formats.deepspeed.zero3 import Zero3
+from ckpt_tool.formats.deepspeed.facts.partition import consecutive, partition_size
+from ckpt_tool.formats.deepspeed.reading.zero3 import Zero3
 from ckpt_tool.storage import LocalReader
 from tests import synthetic
 from tests.conftest import (

@@ -30,7 +30,7 @@ from ckpt_tool.containers.dcp_metadata import (
 from ckpt_tool.containers.pickle_records import Opaque, TensorRecord, Unread
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import CoverageError, MismatchError, UnreadableError
-from ckpt_tool.formats.deepspeed.scalars import scalar_state
+from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
 from ckpt_tool.geometry import Axis, check_disjoint, pieces, take
 from ckpt_tool.storage import Reader, read_each
 

@@ -7,9 +7,9 @@ import re
 from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.dcp import reader as reading
-from ckpt_tool.formats.dcp.directories import recognises
-from ckpt_tool.formats.dcp.target import make_layout
+from ckpt_tool.formats.dcp.reading import reader as reading
+from ckpt_tool.formats.dcp.reading.directories import recognises
+from ckpt_tool.formats.dcp.writing.target import make_layout
 from ckpt_tool.layout import Layout
 from ckpt_tool.storage import Reader
 

@@ -19,7 +19,7 @@ from ckpt_tool.canonical import WEIGHT, Box, Region, Scalar, Tensor
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.families import text_config
 from ckpt_tool.formats.dcp.contents import Held
-from ckpt_tool.formats.dcp.keys import Sorted, fused_parts
+from ckpt_tool.formats.dcp.grammar.keys import Sorted, fused_parts
 from ckpt_tool.geometry import Axis, Placed, assemble, take
 
 MTP = "mtp_layers"

@@ -30,11 +30,11 @@ from ckpt_tool.canonical import (
     TrainingState,
 )
 from ckpt_tool.errors import MismatchError, UnreadableError
-from ckpt_tool.formats.deepspeed.autoep import AutoEP
-from ckpt_tool.formats.deepspeed.partition import PartitionRegions, consecutive, partition_size
-from ckpt_tool.formats.deepspeed.placement import Placement
-from ckpt_tool.formats.deepspeed.rank_files import RankFiles, file_names, read_ranks
-from ckpt_tool.formats.deepspeed.topology import Ranks
+from ckpt_tool.formats.deepspeed.facts.partition import PartitionRegions, consecutive, partition_size
+from ckpt_tool.formats.deepspeed.facts.topology import Ranks
+from ckpt_tool.formats.deepspeed.reading.autoep import AutoEP
+from ckpt_tool.formats.deepspeed.reading.placement import Placement
+from ckpt_tool.formats.deepspeed.reading.rank_files import RankFiles, file_names, read_ranks
 from ckpt_tool.geometry import Cut, CutRegions
 from ckpt_tool.storage import Reader
 

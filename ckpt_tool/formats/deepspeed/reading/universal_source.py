@@ -34,10 +34,10 @@ from ckpt_tool.canonical import (
 from ckpt_tool.containers.pickle_records import TensorRecord, opaque
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import UnreadableError
-from ckpt_tool.formats.deepspeed.names import parse_expert
-from ckpt_tool.formats.deepspeed.partition import PartitionRegions, partition_size
-from ckpt_tool.formats.deepspeed.rank_files import ENGINE_KEYS
-from ckpt_tool.formats.deepspeed.scalars import scalar_state
+from ckpt_tool.formats.deepspeed.facts.names import parse_expert
+from ckpt_tool.formats.deepspeed.facts.partition import PartitionRegions, partition_size
+from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
+from ckpt_tool.formats.deepspeed.reading.rank_files import ENGINE_KEYS
 from ckpt_tool.storage import Reader, read_each
 
 FORMAT = "deepspeed-universal"

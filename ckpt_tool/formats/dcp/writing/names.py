@@ -22,9 +22,9 @@ from ckpt_tool.errors import MismatchError, UsageError
 from ckpt_tool.families import FUSED_FORM, Family, families, family_of, stated, text_config
 from ckpt_tool.families.forms import compiled
 from ckpt_tool.families.naming import Entry, entries, to_hub
-from ckpt_tool.formats.dcp.experts import TITAN_NAMES, titan_layer
-from ckpt_tool.formats.dcp.reader import Hint
-from ckpt_tool.formats.dcp.titan import Fused, fuse, key_value_heads, unnumbered
+from ckpt_tool.formats.dcp.grammar.experts import TITAN_NAMES, titan_layer
+from ckpt_tool.formats.dcp.grammar.titan import Fused, fuse, key_value_heads, unnumbered
+from ckpt_tool.formats.dcp.reading.reader import Hint
 
 TITAN, TRANSFORMERS = "torchtitan", "transformers"
 

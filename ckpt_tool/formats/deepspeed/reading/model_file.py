@@ -15,7 +15,7 @@ from ckpt_tool.canonical import Role, TrainingState
 from ckpt_tool.containers.pickle_records import TensorRecord
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import MismatchError, UnreadableError
-from ckpt_tool.formats.deepspeed.rank_files import ENGINE_KEYS
+from ckpt_tool.formats.deepspeed.reading.rank_files import ENGINE_KEYS
 from ckpt_tool.storage import Reader
 
 MODEL_FILE = "mp_rank_00_model_states.pt"

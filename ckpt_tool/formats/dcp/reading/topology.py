@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from ckpt_tool.canonical import ExpertName, MoELayer, Tensor, TensorName, Topology, even_holders
 from ckpt_tool.formats.dcp.contents import Held, Part, rank_of
-from ckpt_tool.formats.dcp.experts import titan_expert
-from ckpt_tool.formats.dcp.grid import expert_grid
+from ckpt_tool.formats.dcp.grammar.experts import titan_expert
+from ckpt_tool.formats.dcp.grammar.grid import expert_grid
 
 _BLOCK = re.compile(r".*?\.\d+\.\w+")
 

@@ -20,13 +20,13 @@ from typing import Any
 from ckpt_tool.canonical import MASTER, Checkpoint, DType, ExpertName, Tensor, TensorName
 from ckpt_tool.containers.torch_zip import Flat, torch_file
 from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.deepspeed.autoep import layer_entries
-from ckpt_tool.formats.deepspeed.engine_plan import EnginePlan, notes, refuse_unsuitable
-from ckpt_tool.formats.deepspeed.groups import SubGroup
-from ckpt_tool.formats.deepspeed.partition import partition_size
-from ckpt_tool.formats.deepspeed.saved_objects import as_template_says, saved_objects, shape_type
-from ckpt_tool.formats.deepspeed.scalars import saved_scalar
-from ckpt_tool.formats.deepspeed.topology import target_ranks
+from ckpt_tool.formats.deepspeed.facts.groups import SubGroup
+from ckpt_tool.formats.deepspeed.facts.partition import partition_size
+from ckpt_tool.formats.deepspeed.facts.scalars import saved_scalar
+from ckpt_tool.formats.deepspeed.facts.topology import target_ranks
+from ckpt_tool.formats.deepspeed.reading.autoep import layer_entries
+from ckpt_tool.formats.deepspeed.writing.engine_plan import EnginePlan, notes, refuse_unsuitable
+from ckpt_tool.formats.deepspeed.writing.saved_objects import as_template_says, saved_objects, shape_type
 from ckpt_tool.layout import Layout, LazyFiles, Slot, TargetFile, text_file
 
 

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass, field
 
 from ckpt_tool.errors import MismatchError, UnreadableError
-from ckpt_tool.formats.dcp.beside import VEOMNI, is_veomni
 from ckpt_tool.formats.dcp.contents import Contents, metadata_files, read_directory
-from ckpt_tool.formats.dcp.keys import Scheme, Sorted, sort_entries
-from ckpt_tool.formats.dcp.shards import read_shards, shard_directory
+from ckpt_tool.formats.dcp.grammar.keys import Scheme, Sorted, sort_entries
+from ckpt_tool.formats.dcp.reading.beside import VEOMNI, is_veomni
+from ckpt_tool.formats.dcp.reading.shards import read_shards, shard_directory
 from ckpt_tool.storage import Reader
 
 _MODEL_DIRECTORY = re.compile(r"pytorch_model_fsdp_(\d+)$")

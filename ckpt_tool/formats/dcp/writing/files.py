@@ -26,8 +26,8 @@ from ckpt_tool.containers.distcp import Span, concatenated
 from ckpt_tool.containers.safetensors import safetensors_file
 from ckpt_tool.containers.torch_zip import Inline, torch_file
 from ckpt_tool.errors import CoverageError
-from ckpt_tool.formats.dcp.shards import SHARDING_INFO
-from ckpt_tool.formats.deepspeed.scalars import saved_scalar
+from ckpt_tool.formats.dcp.reading.shards import SHARDING_INFO
+from ckpt_tool.formats.deepspeed.facts.scalars import saved_scalar
 from ckpt_tool.geometry import Axis, take
 from ckpt_tool.layout import Fill, Literal, Maker, Slot, TargetFile, given
 

@@ -13,13 +13,19 @@ from ckpt_tool.containers.dcp_metadata import Path
 from ckpt_tool.containers.torch_zip import Inline
 from ckpt_tool.errors import MismatchError
 from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.dcp.beside import carried_config, carry
 from ckpt_tool.formats.dcp.contents import Held, holds_stored
-from ckpt_tool.formats.dcp.files import Item, Placement, dcp_directory, object_or_archive, sharded_model
-from ckpt_tool.formats.dcp.keys import Scheme
-from ckpt_tool.formats.dcp.names import Styled, styled
-from ckpt_tool.formats.dcp.options import stated_options
-from ckpt_tool.formats.dcp.reader import ONLY_HERE, Hint
+from ckpt_tool.formats.dcp.grammar.keys import Scheme
+from ckpt_tool.formats.dcp.reading.beside import carried_config, carry
+from ckpt_tool.formats.dcp.reading.reader import ONLY_HERE, Hint
+from ckpt_tool.formats.dcp.writing.files import (
+    Item,
+    Placement,
+    dcp_directory,
+    object_or_archive,
+    sharded_model,
+)
+from ckpt_tool.formats.dcp.writing.names import Styled, styled
+from ckpt_tool.formats.dcp.writing.options import stated_options
 from ckpt_tool.layout import Layout, LazyFiles, Maker, given
 
 _LISTED = 40  # the most entries that a note names

@@ -16,12 +16,12 @@ from ckpt_tool.canonical import Scalar, SourceFile
 from ckpt_tool.containers.pickle_records import Opaque, TensorRecord
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import UnreadableError
-from ckpt_tool.formats.deepspeed.expert_files import data_before_expert
-from ckpt_tool.formats.deepspeed.file_names import OPTIMIZER, files_by_rank, require_all
-from ckpt_tool.formats.deepspeed.flat_groups import Fragments
-from ckpt_tool.formats.deepspeed.model_file import COPY_AGAIN
-from ckpt_tool.formats.deepspeed.rank_files import FlatState
-from ckpt_tool.formats.deepspeed.scalars import scalar_state
+from ckpt_tool.formats.deepspeed.facts.file_names import OPTIMIZER, files_by_rank, require_all
+from ckpt_tool.formats.deepspeed.facts.flat_groups import Fragments
+from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
+from ckpt_tool.formats.deepspeed.reading.expert_files import data_before_expert
+from ckpt_tool.formats.deepspeed.reading.model_file import COPY_AGAIN
+from ckpt_tool.formats.deepspeed.reading.rank_files import FlatState
 from ckpt_tool.storage import Reader, read_each
 
 _LOSS_SCALE = ("loss_scaler", "dynamic_loss_scale", "overflow")

@@ -16,8 +16,8 @@ from ckpt_tool.containers.pickle_records import TorchSize, map_containers, opaqu
 from ckpt_tool.containers.torch_zip import Inline
 from ckpt_tool.errors import MismatchError, UsageError
 from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.deepspeed.names import AUTOEP_OF, expert_parameter
-from ckpt_tool.formats.deepspeed.rank_files import ENGINE_KEYS, SavedObjects
+from ckpt_tool.formats.deepspeed.facts.names import AUTOEP_OF, expert_parameter
+from ckpt_tool.formats.deepspeed.reading.rank_files import ENGINE_KEYS, SavedObjects
 
 VERSION = "0.19.8"
 

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ckpt_tool.canonical import Checkpoint, ParamGroup, Scalar, Tensor, TensorName
 from ckpt_tool.errors import CoverageError, MismatchError, UnreadableError
-from ckpt_tool.formats.deepspeed.expert_files import Experts
-from ckpt_tool.formats.deepspeed.flat_groups import FlatGroup, FlatRegions, Fragments
-from ckpt_tool.formats.deepspeed.model_file import (
+from ckpt_tool.formats.deepspeed.facts.flat_groups import FlatGroup, FlatRegions, Fragments
+from ckpt_tool.formats.deepspeed.reading.expert_files import Experts
+from ckpt_tool.formats.deepspeed.reading.model_file import (
     COPY_AGAIN,
     ModelFile,
     Shape,
@@ -26,8 +26,8 @@ from ckpt_tool.formats.deepspeed.model_file import (
     has_model_file,
     sort_names,
 )
-from ckpt_tool.formats.deepspeed.whole_model import OptimizerStates, build, build_weights
-from ckpt_tool.formats.deepspeed.zero12_files import OptimFile, optim_file_names, read_optim_files
+from ckpt_tool.formats.deepspeed.reading.whole_model import OptimizerStates, build, build_weights
+from ckpt_tool.formats.deepspeed.reading.zero12_files import OptimFile, optim_file_names, read_optim_files
 from ckpt_tool.storage import Reader
 
 _NO_OPTIMIZER = "There are no optimizer files (zero_pp_rank_*_optim_states.pt) in the directory."

@@ -29,9 +29,9 @@ from ckpt_tool.canonical import (
 from ckpt_tool.containers.pickle_records import TensorRecord
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import MismatchError, UnreadableError
-from ckpt_tool.formats.deepspeed.model_file import COPY_AGAIN, ModelFile, Shape
-from ckpt_tool.formats.deepspeed.names import PROJECTION_OF, parse_expert
-from ckpt_tool.formats.deepspeed.partition import PartitionRegions, consecutive, expert_holders
+from ckpt_tool.formats.deepspeed.facts.names import PROJECTION_OF, parse_expert
+from ckpt_tool.formats.deepspeed.facts.partition import PartitionRegions, consecutive, expert_holders
+from ckpt_tool.formats.deepspeed.reading.model_file import COPY_AGAIN, ModelFile, Shape
 from ckpt_tool.geometry import Cut, CutRegions
 from ckpt_tool.storage import Reader, read_each
 

@@ -18,12 +18,12 @@ from ckpt_tool.canonical import (
 )
 from ckpt_tool.errors import MismatchError, UsageError
 from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.deepspeed import groups
-from ckpt_tool.formats.deepspeed.groups import SubGroup
-from ckpt_tool.formats.deepspeed.names import expert_parameter
-from ckpt_tool.formats.deepspeed.partition import partition_size
-from ckpt_tool.formats.deepspeed.rank_files import SavedObjects
-from ckpt_tool.formats.deepspeed.topology import Ranks
+from ckpt_tool.formats.deepspeed.facts import groups
+from ckpt_tool.formats.deepspeed.facts.groups import SubGroup
+from ckpt_tool.formats.deepspeed.facts.names import expert_parameter
+from ckpt_tool.formats.deepspeed.facts.partition import partition_size
+from ckpt_tool.formats.deepspeed.facts.topology import Ranks
+from ckpt_tool.formats.deepspeed.reading.rank_files import SavedObjects
 
 _PER_RANK = (
     "Client state {names} differs between ranks and means nothing on others; it is left out on all ranks. "

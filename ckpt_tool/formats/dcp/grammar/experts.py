@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from ckpt_tool.canonical import DOWN, GATE, UP, Box, ExpertName, Tensor, TensorName
 from ckpt_tool.families import Family, Match
 from ckpt_tool.families.naming import from_hub
-from ckpt_tool.formats.dcp.titan import main_layers, numbered
+from ckpt_tool.formats.dcp.grammar.titan import main_layers, numbered
 
 _TITAN = re.compile(
     r"(?P<layer>(?:mtp_)?layers\.\d+)\.moe\.(?:routed_experts\.inner_)?experts\.(?P<w>w[123])"

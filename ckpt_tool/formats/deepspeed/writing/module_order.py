@@ -18,8 +18,8 @@ from ckpt_tool.errors import MismatchError
 from ckpt_tool.families import Family, family_of
 from ckpt_tool.families.autoep import name_in_run
 from ckpt_tool.families.forms import compiled
-from ckpt_tool.formats.deepspeed.module_tree import state_dict_names
-from ckpt_tool.formats.deepspeed.new_groups import new_groups
+from ckpt_tool.formats.deepspeed.writing.module_tree import state_dict_names
+from ckpt_tool.formats.deepspeed.writing.new_groups import new_groups
 
 _NOTE = (
     "The order of parameters is that of transformers' model for this config, the routers last in their "

@@ -17,8 +17,8 @@ from ckpt_tool.canonical import DType, Scalar, SourceFile, Tensor
 from ckpt_tool.containers.pickle_records import Opaque, TensorRecord
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import UnreadableError
-from ckpt_tool.formats.deepspeed.file_names import MODEL, OPTIMIZER, files_by_rank, require_all
-from ckpt_tool.formats.deepspeed.scalars import scalar_state
+from ckpt_tool.formats.deepspeed.facts.file_names import MODEL, OPTIMIZER, files_by_rank, require_all
+from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
 from ckpt_tool.storage import Reader, read_each
 
 # Keys the engine itself puts into a model_states file; all others are the user's client_state.

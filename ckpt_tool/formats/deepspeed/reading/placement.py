@@ -6,9 +6,9 @@ import math
 from typing import Any, NamedTuple
 
 from ckpt_tool.errors import MismatchError, UnreadableError
-from ckpt_tool.formats.deepspeed.autoep import AutoEP
-from ckpt_tool.formats.deepspeed.partition import partition_size
-from ckpt_tool.formats.deepspeed.rank_files import RankFiles
+from ckpt_tool.formats.deepspeed.facts.partition import partition_size
+from ckpt_tool.formats.deepspeed.reading.autoep import AutoEP
+from ckpt_tool.formats.deepspeed.reading.rank_files import RankFiles
 
 
 class Place(NamedTuple):

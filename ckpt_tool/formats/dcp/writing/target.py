@@ -18,21 +18,28 @@ from ckpt_tool.containers.dcp_metadata import Path
 from ckpt_tool.containers.torch_zip import torch_file
 from ckpt_tool.errors import UsageError
 from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.dcp.beside import ACCELERATE, SCHEDULERS, VEOMNI, WITHOUT, carried_config, carry
-from ckpt_tool.formats.dcp.experts import is_stacked
-from ckpt_tool.formats.dcp.files import (
+from ckpt_tool.formats.dcp.grammar.experts import is_stacked
+from ckpt_tool.formats.dcp.grammar.grid import GridChunk, dense_grid, expert_grid
+from ckpt_tool.formats.dcp.grammar.keys import Scheme
+from ckpt_tool.formats.dcp.reading.beside import (
+    ACCELERATE,
+    SCHEDULERS,
+    VEOMNI,
+    WITHOUT,
+    carried_config,
+    carry,
+)
+from ckpt_tool.formats.dcp.reading.reader import ONLY_HERE, Hint
+from ckpt_tool.formats.dcp.writing.files import (
     Item,
     Placement,
     dcp_directory,
     object_or_archive,
     sharded_model,
 )
-from ckpt_tool.formats.dcp.grid import GridChunk, dense_grid, expert_grid
-from ckpt_tool.formats.dcp.keys import Scheme
-from ckpt_tool.formats.dcp.like import like_layout
-from ckpt_tool.formats.dcp.names import TITAN, Styled, dialect_of, styled
-from ckpt_tool.formats.dcp.options import dropped_options, merged_groups, own_options
-from ckpt_tool.formats.dcp.reader import ONLY_HERE, Hint
+from ckpt_tool.formats.dcp.writing.like import like_layout
+from ckpt_tool.formats.dcp.writing.names import TITAN, Styled, dialect_of, styled
+from ckpt_tool.formats.dcp.writing.options import dropped_options, merged_groups, own_options
 from ckpt_tool.formats.hf.writing import config_in, most_used
 from ckpt_tool.layout import Layout, LazyFiles, Maker, TargetFile, given, text_file
 

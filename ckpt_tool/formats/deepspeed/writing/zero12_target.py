@@ -19,18 +19,18 @@ from ckpt_tool.containers.pickle_records import opaque
 from ckpt_tool.containers.torch_zip import Flat, torch_file
 from ckpt_tool.errors import UsageError
 from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.deepspeed.autoep import layer_entries
-from ckpt_tool.formats.deepspeed.engine_plan import EnginePlan, notes, refuse_unsuitable
-from ckpt_tool.formats.deepspeed.flat_groups import FlatGroup
-from ckpt_tool.formats.deepspeed.groups import SubGroup
-from ckpt_tool.formats.deepspeed.saved_objects import (
+from ckpt_tool.formats.deepspeed.facts.flat_groups import FlatGroup
+from ckpt_tool.formats.deepspeed.facts.groups import SubGroup
+from ckpt_tool.formats.deepspeed.facts.scalars import saved_scalar
+from ckpt_tool.formats.deepspeed.facts.topology import target_ranks
+from ckpt_tool.formats.deepspeed.reading.autoep import layer_entries
+from ckpt_tool.formats.deepspeed.writing.engine_plan import EnginePlan, notes, refuse_unsuitable
+from ckpt_tool.formats.deepspeed.writing.saved_objects import (
     as_template_says,
     compute_dtype,
     saved_objects,
     shape_type,
 )
-from ckpt_tool.formats.deepspeed.scalars import saved_scalar
-from ckpt_tool.formats.deepspeed.topology import target_ranks
 from ckpt_tool.layout import Layout, LazyFiles, Slot, TargetFile, text_file
 
 _WEIGHTS = {"w1": "gate", "w2": "down", "w3": "up"}

@@ -18,8 +18,8 @@ from ckpt_tool.canonical import (
     Tensor,
     TensorName,
 )
-from ckpt_tool.formats.deepspeed.expert_files import Experts
-from ckpt_tool.formats.deepspeed.model_file import ModelFile, Named, sort_names
+from ckpt_tool.formats.deepspeed.reading.expert_files import Experts
+from ckpt_tool.formats.deepspeed.reading.model_file import ModelFile, Named, sort_names
 from ckpt_tool.storage import Reader
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from ckpt_tool.canonical import ExpertName, MoELayer, TensorName
 from ckpt_tool.errors import MismatchError, UnreadableError
-from ckpt_tool.formats.deepspeed.names import PROJECTION_OF
-from ckpt_tool.formats.deepspeed.partition import expert_holders
-from ckpt_tool.formats.deepspeed.rank_files import RankFiles
-from ckpt_tool.formats.deepspeed.topology import Ranks
+from ckpt_tool.formats.deepspeed.facts.names import PROJECTION_OF
+from ckpt_tool.formats.deepspeed.facts.partition import expert_holders
+from ckpt_tool.formats.deepspeed.facts.topology import Ranks
+from ckpt_tool.formats.deepspeed.reading.rank_files import RankFiles
 from ckpt_tool.geometry import row_major
 
 Entry = Mapping[str, Any]

@@ -34,14 +34,14 @@ from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.families import Family, family_of
 from ckpt_tool.families.agreement import embedding_name, head_name, says_of_ties
-from ckpt_tool.formats.dcp.beside import SCHEDULER_LEFT_OUT, Beside, find_beside
-from ckpt_tool.formats.dcp.completeness import check_rows
 from ckpt_tool.formats.dcp.contents import Held, rank_of
-from ckpt_tool.formats.dcp.directories import TITAN_NAME, Found, read_directories
-from ckpt_tool.formats.dcp.experts import Naming, is_stacked, titan_expert
-from ckpt_tool.formats.dcp.keys import Scheme, Sorted
-from ckpt_tool.formats.dcp.titan import Fused, take_apart
-from ckpt_tool.formats.dcp.topology import ep_size, layers_of, topology, unbroken, world_size
+from ckpt_tool.formats.dcp.grammar.experts import Naming, is_stacked, titan_expert
+from ckpt_tool.formats.dcp.grammar.keys import Scheme, Sorted
+from ckpt_tool.formats.dcp.grammar.titan import Fused, take_apart
+from ckpt_tool.formats.dcp.reading.beside import SCHEDULER_LEFT_OUT, Beside, find_beside
+from ckpt_tool.formats.dcp.reading.completeness import check_rows
+from ckpt_tool.formats.dcp.reading.directories import TITAN_NAME, Found, read_directories
+from ckpt_tool.formats.dcp.reading.topology import ep_size, layers_of, topology, unbroken, world_size
 from ckpt_tool.storage import Reader
 
 _BUFFER = re.compile(

@@ -34,9 +34,9 @@ from ckpt_tool.containers.pickle_records import Opaque
 from ckpt_tool.containers.torch_zip import torch_file
 from ckpt_tool.errors import UsageError
 from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.deepspeed.names import expert_parameter
-from ckpt_tool.formats.deepspeed.scalars import saved_scalar
-from ckpt_tool.formats.deepspeed.universal_source import (
+from ckpt_tool.formats.deepspeed.facts.names import expert_parameter
+from ckpt_tool.formats.deepspeed.facts.scalars import saved_scalar
+from ckpt_tool.formats.deepspeed.reading.universal_source import (
     FORMAT,
     MODEL_FILES,
     OPTIMIZER_FILE,

@@ -20,12 +20,23 @@ from ckpt_tool.canonical import MASTER, Checkpoint, DType, ParamGroup, Role, Sca
 from ckpt_tool.containers.pickle_records import TensorRecord
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import MismatchError, UnreadableError
-from ckpt_tool.formats.deepspeed.expert_files import Experts
-from ckpt_tool.formats.deepspeed.model_file import COPY_AGAIN, ModelFile, Named, has_model_file, sort_names
-from ckpt_tool.formats.deepspeed.optimizer_order import assign
-from ckpt_tool.formats.deepspeed.scalars import scalar_state
-from ckpt_tool.formats.deepspeed.whole_model import OptimizerStates, build, build_weights, model_order
-from ckpt_tool.formats.deepspeed.zero12 import read_zero12
+from ckpt_tool.formats.deepspeed.facts.optimizer_order import assign
+from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
+from ckpt_tool.formats.deepspeed.reading.expert_files import Experts
+from ckpt_tool.formats.deepspeed.reading.model_file import (
+    COPY_AGAIN,
+    ModelFile,
+    Named,
+    has_model_file,
+    sort_names,
+)
+from ckpt_tool.formats.deepspeed.reading.whole_model import (
+    OptimizerStates,
+    build,
+    build_weights,
+    model_order,
+)
+from ckpt_tool.formats.deepspeed.reading.zero12 import read_zero12
 from ckpt_tool.storage import Reader
 
 _EXPERT_OPTIMIZER = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")

@@ -1,0 +1,1 @@
+"""From DCP directories to a catalogue."""

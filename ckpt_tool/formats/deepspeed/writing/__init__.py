@@ -1,0 +1,1 @@
+"""From a catalogue to the files that a DeepSpeed run would have saved."""
