@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tool.errors import UnreadableError, UsageError
-from ckpt_tool.execute.local import WrittenExtent, WrittenFile
 from ckpt_tool.layout import TargetFile
 from ckpt_tool.storage import sync_directory, writing_failed
+from ckpt_tool.written import WrittenExtent, WrittenFile
 
 MANIFEST = "ckpt_tool_manifest.json"
 MANIFEST_VERSION = 1

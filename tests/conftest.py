@@ -18,11 +18,12 @@ from hypothesis import HealthCheck, settings
 
 from ckpt_tool.canonical import Checkpoint, DType, ExpertName, Region, Tensor, contiguous
 from ckpt_tool.execute.budget import Budget
-from ckpt_tool.execute.local import WrittenFile, execute
+from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Silent
 from ckpt_tool.layout import Layout
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader, LocalWriter, Reader
+from ckpt_tool.written import WrittenFile
 
 ROOT = Path(__file__).parent.parent
 DEEPSPEED = ROOT / "fixtures" / "deepspeed"

@@ -18,7 +18,7 @@ import pytest
 from ckpt_tool import api, commit
 from ckpt_tool.commit import MANIFEST, Staging, read_manifest
 from ckpt_tool.errors import ExecutionError, UnreadableError, UsageError
-from ckpt_tool.execute.local import WrittenExtent, WrittenFile
+from ckpt_tool.written import WrittenExtent, WrittenFile
 from tests import synthetic
 from tests.conftest import checkpoint_of, child_env, run_cli, tree
 from tests.synthetic import Layer, Save, uniform

@@ -12,7 +12,6 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import xxhash
 from isal import isal_zlib
@@ -29,22 +28,9 @@ from ckpt_tool.geometry import Piece, cut
 from ckpt_tool.layout import CrcSlot, Fill, Literal, TargetFile
 from ckpt_tool.plan import Extent, Plan, extents
 from ckpt_tool.storage import Reader, Writer
+from ckpt_tool.written import WrittenExtent, WrittenFile
 
 EXTENT_BYTES = 32 * MIB
-
-
-class WrittenExtent(NamedTuple):
-    """A checksummed range of a written file."""
-
-    offset: int
-    length: int
-    xxh3: str
-
-
-class WrittenFile(NamedTuple):
-    path: str
-    size: int
-    extents: tuple[WrittenExtent, ...]
 
 
 @dataclass
