@@ -42,6 +42,7 @@ from ckpt_tool.model_files import (
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader
 from ckpt_tool.values import check_replicas
+from ckpt_tool.wrappers import as_saved
 
 PathLike = str | os.PathLike[str]
 
@@ -173,6 +174,8 @@ def convert(
             checkpoint = _under_module_names(checkpoint, model_config, template)
             if to != "universal" and template is None and not checkpoint.module_names:
                 checkpoint = with_module_order(checkpoint, model_config or {}, run_config or {}, ep or 1)
+            saved = (template or checkpoint).saved_names
+            checkpoint, template = as_saved(checkpoint, saved), template and as_saved(template, saved)
         options = TargetOptions(
             dtype=parse_dtype(dtype),
             config=model_config,

@@ -292,10 +292,11 @@ class Checkpoint:
     further name of a tensor to the name it is listed under (tied weights); ``equal`` maps a listed
     tensor to another that, by their checksums, holds the same: a config.json may say that they are tied.
     ``module_names`` are the keys of the module's state dict in its own order (aliases and buffers among
-    them), where the format records them. ``unresolved`` says why optimizer state that the checkpoint has
-    is not among ``tensors``, and ``nameless`` why the names in it are not those of a model, where that is
-    so. ``layout_hint`` is what the format's own writer needs to write the like again; nobody else looks
-    into it.
+    them), where the format records them. ``saved_names`` has the names that a run of the same wrappers has
+    (``wrappers``), by those here; also those of layers and MoE blocks. ``unresolved`` says why optimizer
+    state that the checkpoint has is not among ``tensors``, and ``nameless`` why the names in it are not
+    those of a model, where that is so. ``layout_hint`` is what the format's own writer needs to write the
+    like again; nobody else looks into it.
     """
 
     format: str
@@ -311,6 +312,7 @@ class Checkpoint:
     equal: Mapping[str, str] = field(default_factory=dict)
     model_config: Mapping[str, Any] | None = None
     module_names: tuple[str, ...] = ()
+    saved_names: Mapping[str, str] = field(default_factory=dict)
     unresolved: str = ""
     nameless: str = ""
     layout_hint: Any = None

@@ -25,6 +25,7 @@ from ckpt_tool.families import family_of
 from ckpt_tool.families.naming import to_hub
 from ckpt_tool.storage import Reader
 from ckpt_tool.values import Difference, Pair, check_replicas, differing
+from ckpt_tool.wrappers import unwrapped_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ def compare(
     Raises:
         UsageError: the names of the two cannot be brought together.
     """
+    a, b = unwrapped_checkpoint(a), unwrapped_checkpoint(b)
     for side, reader in zip((a, b), readers, strict=True):
         check_replicas(side, reader, budget)
     sides = _same_names(a, b, config)

@@ -17,6 +17,7 @@ from ckpt_tool.formats.deepspeed.writing.zero3_target import Zero3Target
 from ckpt_tool.formats.deepspeed.writing.zero12_target import Zero12Target
 from ckpt_tool.formats.hf import HuggingFace
 from ckpt_tool.storage import LocalReader, Reader
+from ckpt_tool.wrappers import unwrapped_checkpoint
 
 # In order of detection: a Universal directory also has a stage-3 model file.
 SOURCES: tuple[SourceFormat, ...] = (Universal(), Zero3(), Zero12(), Zero0(), Dcp(), HuggingFace())
@@ -87,7 +88,7 @@ def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
     for candidate in SOURCES:
         if candidate.recognises(reader):
             try:
-                return reader, candidate.read(reader)
+                return reader, unwrapped_checkpoint(candidate.read(reader))
             except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
                 # whatever a reader did not foresee in damaged metadata
                 reader.close()

@@ -33,6 +33,7 @@ from ckpt_tool.errors import CoverageError, MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
 from ckpt_tool.geometry import Axis, check_disjoint, pieces, take
 from ckpt_tool.storage import Reader, read_each
+from ckpt_tool.wrappers import WRAPPERS, saved_names, unwrapped
 
 _RANK_FILE = re.compile(r"(?:.*/)?__(\d+)_\d+\.distcp$")
 _SHARD_FILE = re.compile(r"(?:.*/)?shard-(\d+)-model-\d+-of-\d+\.safetensors$")
@@ -84,12 +85,14 @@ class Held:
 @dataclass
 class Contents:
     """All entries of one or more directories. ``objects`` may be ``Unread``; ``archives`` says where they
-    lie. ``notes`` are on what ranks did not agree on."""
+    lie. ``saved`` has the keys and paths of the entries whose keys here are without the parts that wrappers
+    add. ``notes`` are on what ranks did not agree on."""
 
     tensors: dict[str, Held] = field(default_factory=dict)
     objects: dict[str, Any] = field(default_factory=dict)
     archives: dict[str, Stored] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
+    saved: dict[str, tuple[str, Path]] = field(default_factory=dict)
     sources: list[SourceFile] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -101,8 +104,30 @@ class Contents:
         self.objects |= other.objects
         self.archives |= other.archives
         self.paths |= other.paths
+        self.saved |= other.saved
         self.sources += other.sources
         self.notes += other.notes
+
+    def without_wrappers(self, root: str) -> Contents:
+        """The same under keys and paths without the parts that wrappers add; raises UnreadableError where
+        two keys become one."""
+        changed = saved_names([*self.tensors, *self.objects], root)
+        if not changed:
+            return self
+        return replace(
+            self,
+            tensors={unwrapped(key): held for key, held in self.tensors.items()},
+            objects={unwrapped(key): value for key, value in self.objects.items()},
+            archives={unwrapped(key): stored for key, stored in self.archives.items()},
+            paths={unwrapped(key): _unwrapped_path(path) for key, path in self.paths.items()},
+            saved={plain: (key, self.paths.get(key, (key,))) for plain, key in changed.items()},
+        )
+
+
+def _unwrapped_path(path: Path) -> Path:
+    *parents, last = path
+    kept = [unwrapped(part) if isinstance(part, str) else part for part in parents if part not in WRAPPERS]
+    return (*kept, unwrapped(last) if isinstance(last, str) else last)
 
 
 def metadata_files(reader: Reader, directory: str) -> list[str]:
@@ -140,7 +165,7 @@ def read_directory(reader: Reader, directory: str) -> Contents:
         else:
             found.tensors[key] = _held(reader, key, entry, opened)
     found.sources = [_metadata_source(reader, prefix + name) for name in files] + _sources(reader, opened)
-    return found
+    return found.without_wrappers(reader.root)
 
 
 def _check_ranks(where: str, files: list[str]) -> None:

@@ -16,6 +16,7 @@ from ckpt_tool.families.agreement import embedding_name, head_name, ties_embeddi
 from ckpt_tool.families.naming import HUB, from_hub, moe_layer
 from ckpt_tool.formats.hf.quantised import decoded, scheme_of
 from ckpt_tool.storage import Reader
+from ckpt_tool.wrappers import note_of, without_wrappers
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,8 +32,11 @@ def looks_like(reader: Reader) -> bool:
 def read(reader: Reader, format_name: str) -> Checkpoint:
     """The catalogue under published names, from headers and JSON alone."""
     config = _config(reader)
-    stored, sources = _tensors(reader)
+    held, sources = _tensors(reader)
+    stored, changed = without_wrappers(held, reader.root)
+    stored = {name: replace(tensor, name=name) for name, tensor in stored.items()} if changed else stored
     family, notes = _family(config)
+    notes += note_of(changed)
     values = decoded(stored, config)
     found = from_hub(values, family, config)
     found, aliases = _tied(config, found)

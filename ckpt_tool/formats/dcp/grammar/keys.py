@@ -17,6 +17,7 @@ from ckpt_tool.containers.dcp_metadata import Path
 from ckpt_tool.containers.pickle_records import Unread
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.formats.dcp.contents import Contents, Held
+from ckpt_tool.wrappers import saved_names, unwrapped
 
 # optimizer (torchtitan, accelerate, transformers, VeOmni), optim (PyTorch's tutorial)
 _OPTIMIZER = re.compile(
@@ -73,6 +74,7 @@ class Sorted:
     """The entries by meaning: those of the model and of its optimizer, options of parameter groups, other
     objects and other tensors (random states, averaged weights), which stay under their keys.
     ``model_objects`` are what modules keep beside their tensors, by name (``get_extra_state``).
+    ``listed`` has the names that groups list their parameters by, where they are others than here.
     ``unresolved`` says why optimizer state is among the others, where it is, and ``nameless`` why the
     model's names have something before them."""
 
@@ -83,6 +85,7 @@ class Sorted:
     states: dict[tuple[str, str], Held] = field(default_factory=dict)
     scalars: dict[tuple[str, str], Scalar] = field(default_factory=dict)
     groups: list[tuple[dict[str, Any], list[str]]] = field(default_factory=list)
+    listed: dict[str, str] = field(default_factory=dict)
     others: dict[str, Any] = field(default_factory=dict)
     other_tensors: dict[str, Held] = field(default_factory=dict)
     model_objects: dict[str, Any] = field(default_factory=dict)
@@ -139,7 +142,9 @@ def sort_entries(contents: Contents, root: str, *, with_model: bool = True) -> S
         )
     found.optimizer_root = _path_of(next(iter(roots), "optimizer"))
     found.flat = bool(options) and not all(name.isdecimal() for name in options)
-    found.groups = _groups(options, found.flat, root)
+    groups = _groups(options, found.flat, root)
+    found.listed = saved_names(dict.fromkeys(name for _, names in groups for name in names), root)
+    found.groups = [(values, [unwrapped(name) for name in names]) for values, names in groups]
     if with_model:
         _split_model(found, rest, contents.paths, root)
     else:

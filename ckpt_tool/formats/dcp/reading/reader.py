@@ -43,6 +43,7 @@ from ckpt_tool.formats.dcp.reading.completeness import check_rows
 from ckpt_tool.formats.dcp.reading.directories import TITAN_NAME, Found, read_directories
 from ckpt_tool.formats.dcp.reading.topology import ep_size, layers_of, topology, unbroken, world_size
 from ckpt_tool.storage import Reader
+from ckpt_tool.wrappers import note_of
 
 _BUFFER = re.compile(
     r".*(?:expert_bias(?:_E)?|e_score_correction_bias|inv_freq|running_mean|running_var|num_batches_tracked)"
@@ -57,6 +58,7 @@ _HEADS = ("lm_head.weight", "output.weight")
 class Hint:
     """What the writer needs to write the like again: the keys, and each entry's chunks and file.
 
+    ``saved`` has the keys and paths that entries were saved under, where wrappers add parts to them.
     ``files`` are all .distcp files, those that hold nothing among them. ``names`` are those in the
     catalogue of each parameter, ``archives`` where objects lie. ``fused`` are torchtitan's parameters whose
     states are taken apart in the catalogue and in ``apart``, and not in ``sorted``.
@@ -67,6 +69,7 @@ class Hint:
     objects: Mapping[str, Any]
     archives: Mapping[str, Stored]
     paths: Mapping[str, Path]
+    saved: Mapping[str, tuple[str, Path]]
     files: tuple[str, ...]
     sorted: Sorted
     apart: Sorted
@@ -127,6 +130,7 @@ class _Catalogue:
         self._entries, self._fused = take_apart(found.sorted, config, reader.root)
         self._naming = Naming(self._entries.model, family, config)
         self._config, self._family, self._notes = config, family, [*notes, *found.contents.notes]
+        self._notes += note_of({plain: key for plain, (key, _) in found.contents.saved.items()})
         self._beside = find_beside(reader)
         if note := self._beside.note():
             self._notes.append(note)
@@ -188,6 +192,7 @@ class _Catalogue:
                 self._found.contents.objects,
                 self._found.contents.archives,
                 self._found.contents.paths,
+                self._found.contents.saved,
                 self._files,
                 self._found.sorted,
                 self._entries,

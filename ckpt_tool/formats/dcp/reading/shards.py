@@ -57,7 +57,7 @@ def read_shards(reader: Reader, directory: str) -> Contents:
     found = Contents(sources=[file.source for file in files])
     for name, pieces in parts.items():
         found.tensors[name] = _held(reader.root, name, pieces)
-    return found
+    return found.without_wrappers(reader.root)
 
 
 def _check_numbers(names: list[str], where: str) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import posixpath
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -60,6 +60,11 @@ class Item:
     @property
     def is_tensor(self) -> bool:
         return isinstance(self.value, Tensor)
+
+    def as_saved(self, saved: Mapping[str, tuple[str, Path]]) -> Item:
+        """The entry under the key and path of a run whose wrappers add parts to them (``Hint.saved``)."""
+        key, path = saved.get(self.key, (self.key, self.path))
+        return replace(self, key=key, path=path)
 
 
 class _Cutter:

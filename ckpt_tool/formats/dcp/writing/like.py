@@ -52,7 +52,7 @@ def like_layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
     found = styled(checkpoint, template.dialect, options.config or template.model_config, hint.fused)
     _check_files(hint, template.root)
     filler = _Filler(hint, found, template, checkpoint)
-    items = filler.items()
+    items = [item.as_saved(hint.saved) for item in filler.items()]
     carried = carry(checkpoint, hint.scheme.style, template.topology.world_size)
     left_out = {**found.left_out, **filler.left_out()}
     own = [note for note in carried.notes if left_out or not note.startswith(ONLY_HERE)]

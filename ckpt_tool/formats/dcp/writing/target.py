@@ -181,6 +181,9 @@ class _Builder:
         for directory, item in self._items_beside():
             apart = directory == scheme.model_directory and not scheme.shards
             (model if apart else others).append(item)
+        if self._hint is not None and self._own:
+            model = [item.as_saved(self._hint.saved) for item in model]
+            others = [item.as_saved(self._hint.saved) for item in others]
         if scheme.shards:
             self._files += sharded_model(model, map(self._shard, range(self._world)))
             if others:
@@ -306,7 +309,8 @@ class _Builder:
                 continue
             for option, value in options.items():
                 yield self._option(number, option, value, number, names[0] if names else "")
-            yield (*scheme.group_key(number, "params"), names)
+            listed = self._hint.sorted.listed if self._hint is not None and self._own else {}
+            yield (*scheme.group_key(number, "params"), [listed.get(name, name) for name in names])
 
     def _groups(self) -> list[tuple[dict[str, Any], list[str]]]:
         """Those of a DCP source as they are; DeepSpeed's as torch's optimizers have them."""

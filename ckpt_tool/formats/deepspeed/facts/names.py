@@ -9,11 +9,14 @@ from __future__ import annotations
 import re
 
 from ckpt_tool.canonical import DOWN, GATE, UP, ExpertName, MoELayer
+from ckpt_tool.wrappers import WRAPPERS
 
 PROJECTION_OF = {"w1": GATE, "w3": UP, "w2": DOWN}
 AUTOEP_OF = {projection: weight for weight, projection in PROJECTION_OF.items()}
 
-_EXPERT = re.compile(r"(?P<module>(?P<layer>(?:.*\.)?\d+)\.\w+)\.experts\.(?P<weight>w[123])$")
+_EXPERT = re.compile(
+    rf"(?P<module>(?P<layer>(?:.*\.)?\d+)(?:\.(?:{'|'.join(WRAPPERS)}))*\.\w+)\.experts\.(?P<weight>w[123])$"
+)
 
 
 def parse_expert(name: str) -> tuple[str, ExpertName] | None:
