@@ -12,20 +12,25 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckpt_tool.errors import UnreadableError, UsageError
+from ckpt_tool.journal import Run, boot, file_entry, read_journal
 from ckpt_tool.layout import TargetFile
-from ckpt_tool.storage import sync_directory, writing_failed
+from ckpt_tool.storage import FileState, sync_directory, writing_failed
 from ckpt_tool.written import WrittenExtent, WrittenFile
 
 MANIFEST = "ckpt_tool_manifest.json"
 MANIFEST_VERSION = 1
 JOURNAL = ".ckpt_tool_journal"
 RESERVED = frozenset({MANIFEST, JOURNAL})  # names that no file of a target may have
+
+
+# A file of the target, and the files of the source that it is made of.
+MadeOf = tuple[str, Collection[str]]
 
 
 class Staging:
@@ -46,9 +51,12 @@ class Staging:
         self._identity = dict(identity)
         self._fsync = fsync
         self._overwrite = overwrite
+        self._keep = False
+        self._run: Run | None = None
+        self.done: dict[str, WrittenFile] = {}
         self._journal = self._locked_journal()
         try:
-            self.done = self._take_over()
+            self._take_over()
         except BaseException:
             os.close(self._journal)
             raise
@@ -96,29 +104,77 @@ class Staging:
                 f"{self.target} exists. Choose another destination, or pass --overwrite to replace it."
             )
 
-    def _take_over(self) -> dict[str, WrittenFile]:
-        """The files an earlier run of this command completed."""
-        lines, whole = _lines(os.pread(self._journal, os.fstat(self._journal).st_size, 0))
-        os.ftruncate(self._journal, whole)
-        if lines and lines[0] != json.loads(json.dumps(self._identity)):
+    def _take_over(self) -> None:
+        """Find the files an earlier run of this command completed."""
+        found = read_journal(os.pread(self._journal, os.fstat(self._journal).st_size, 0))
+        os.ftruncate(self._journal, found.whole)
+        if found.whole and found.identity != json.loads(json.dumps(self._identity)):
             raise UsageError(
-                f"{self.path} was left by another command ({_summary(lines[0])}). Run that command "
+                f"{self.path} was left by another command ({_summary(found.identity)}). Run that command "
                 f"again to go on with it, or remove the directory: rm -r '{self.path}'"
             )
-        done: dict[str, WrittenFile] = {}
-        for line in lines[1:]:
-            extents = tuple(WrittenExtent(*extent) for extent in line["extents"])
-            file = WrittenFile(line["path"], line["size"], extents)
-            path = self.path / file.path
-            if path.is_file() and path.stat().st_size == file.size:
-                done[file.path] = file
+        if not found.whole:
+            self._record(self._identity)
+        self._run = found.run
+        self.done = found.files
+        self._discard(path for path, file in found.files.items() if not self._is_there(file))
         for path in self.path.rglob("*"):
             relative = str(path.relative_to(self.path))
-            if path.is_file() and relative not in done and relative != JOURNAL:
+            if path.is_file() and relative not in self.done and relative != JOURNAL:
                 path.unlink()
-        if not lines:
-            self._record(self._identity)
-        return done
+
+    def _is_there(self, file: WrittenFile) -> bool:
+        path = self.path / file.path
+        return path.is_file() and path.stat().st_size == file.size
+
+    def begin(self, sources: Mapping[str, FileState], made_of: Callable[[], Iterable[MadeOf]]) -> None:
+        """Judge what an earlier run completed, before anything is added to it. A file is kept where all
+        that it was made of is as it was then, and where it cannot have been lost since.
+
+        Args:
+            sources: every file of the source, as it was before any of it was read.
+            made_of: gives each file of the target with the source's files that it is made of.
+        """
+        run = Run(sources, self._fsync, boot())
+        before, self._run = self._run, run
+        if before is None or not (before.synced or before.is_in_memory()):
+            self._discard(self.done)
+        elif before.sources != run.sources and self.done:
+            same = {path for path, state in run.sources.items() if before.sources.get(path) == state}
+            self.discard(path for path, files in made_of() if not same.issuperset(files))
+        if before is not None and self._fsync and not before.synced:
+            for path in self.done:
+                self._sync(path)
+        if before != run:
+            self._record(run.entry(), durable=bool(self.done))
+
+    def _sync(self, path: str) -> None:
+        """Make a file durable that a run without fsync has written."""
+        try:
+            with (self.path / path).open("rb") as written:
+                os.fsync(written.fileno())
+        except OSError as error:
+            raise writing_failed(self.path / path, error) from error
+
+    def discard(self, paths: Iterable[str]) -> None:
+        """Note that files are to be written again, by this run or the next of this command."""
+        self._discard(path for path in paths if path in self.done)
+
+    def discard_all(self) -> None:
+        """Note that no file is to be relied upon. They stay to be looked at until the next run."""
+        self._keep = True
+        self._discard(self.done, unlink=False)
+
+    def _discard(self, paths: Iterable[str], *, unlink: bool = True) -> None:
+        """The journal says so first: a file that is begun again has its full size at once."""
+        discarded = sorted(paths)
+        if not discarded:
+            return
+        self._record({"discarded": discarded}, durable=True)
+        for path in discarded:
+            del self.done[path]
+            if unlink:
+                (self.path / path).unlink(missing_ok=True)
 
     def is_done(self, file: TargetFile) -> bool:
         return file.path in self.done and self.done[file.path].size == file.size
@@ -126,15 +182,18 @@ class Staging:
     def add(self, file: WrittenFile) -> None:
         """Note a file as complete."""
         self.done[file.path] = file
-        self._record({"path": file.path, "size": file.size, "extents": file.extents})
+        self._record(file_entry(file))
 
-    def _record(self, entry: Mapping[str, Any]) -> None:
+    def _record(self, entry: Mapping[str, Any], *, durable: bool = False) -> None:
+        """Add a line. That a file is complete need not be ``durable``: lost, it costs writing one file
+        again, and the data it speaks of is. What takes such a line back has to be."""
         os.lseek(self._journal, 0, os.SEEK_END)
-        # Not synced: a lost line costs writing one file again, and the data it speaks of is durable.
         line = json.dumps(entry).encode() + b"\n"
         try:
             while line:
                 line = line[os.write(self._journal, line) :]
+            if durable:
+                os.fsync(self._journal)
         except OSError as error:
             raise writing_failed(self.path / JOURNAL, error) from error
 
@@ -177,7 +236,7 @@ class Staging:
 
     def close(self) -> None:
         """Let go of the directory; remove it where it holds nothing worth going on with."""
-        if not self.done:
+        if not self.done and not self._keep:
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._journal)
 
@@ -195,19 +254,6 @@ def occupied(path: Path) -> bool:
     if path.is_dir() and not path.is_symlink():
         return any(path.iterdir())
     return path.exists() or path.is_symlink()
-
-
-def _lines(data: bytes) -> tuple[list[Any], int]:
-    """The journal's entries and the bytes they take; a last line cut off by a crash is dropped."""
-    entries: list[Any] = []
-    whole = 0
-    for line in data.split(b"\n")[:-1]:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-        whole += len(line) + 1
-    return entries, whole
 
 
 def _summary(identity: Mapping[str, Any]) -> str:

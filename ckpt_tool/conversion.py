@@ -14,14 +14,16 @@ from ckpt_tool import __version__
 from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.commit import MANIFEST, Staging, occupied
 from ckpt_tool.comparison import Verdict, compare
-from ckpt_tool.errors import ExecutionError, UnreadableError, UsageError
+from ckpt_tool.containers.decoded import files_behind
+from ckpt_tool.errors import CkptToolError, ExecutionError, UnreadableError, UsageError
 from ckpt_tool.execute.budget import MIB, Budget
 from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.registry import SOURCES, locate, open_checkpoint
 from ckpt_tool.integrity import check
-from ckpt_tool.plan import Plan
+from ckpt_tool.layout import TargetFile
+from ckpt_tool.plan import Plan, copies
 from ckpt_tool.storage import LocalReader, LocalWriter, Reader
 
 DEFAULT_MAX_MEMORY = 1024 * MIB
@@ -76,6 +78,10 @@ def carry_out(
     )
     verdict = None
     try:
+        staging.begin(
+            reader.states(),
+            lambda: ((file.path, sources_of(file)) for file in plan.files if staging.is_done(file)),
+        )
         left = plan.bytes_written - sum(file.size for file in staging.done.values())
         check_disk(staging.path, left)
         how.meter.start(left)
@@ -92,7 +98,11 @@ def carry_out(
             kept = checkpoint.select(
                 tensor for tensor in checkpoint.tensors if tensor.label() not in plan.layout.left_out
             )
-            verdict = _verify_result(plan, staging.path, reader, kept, options, budget, how)
+            try:
+                verdict = _verify_result(plan, staging.path, reader, kept, options, budget, how)
+            except CkptToolError:
+                staging.discard_all()
+                raise
         changed = reader.changed()
         if changed is not None:
             raise ExecutionError(
@@ -141,9 +151,16 @@ def _verify_result(
         raise ExecutionError(
             f"The result is not what was converted: {verdict.differences[0].message} "
             f"({len(verdict.differences)} differences). Nothing was published; what was written is in "
-            f"{path}. This is a bug in ckpt-tool or failing storage."
+            f"{path} until the same command is run again, which writes all of it anew. This is a bug in "
+            "ckpt-tool or failing storage."
         )
     return verdict
+
+
+def sources_of(target: TargetFile) -> set[str]:
+    """The files of the source whose bytes go into a target file, but for those that are metadata alone: of
+    these the identity is a hash."""
+    return {file for fill in target.fills for piece in copies(fill) for file in files_behind(piece.file)}
 
 
 def _identity(plan: Plan, checkpoint: Checkpoint, to: str, options: TargetOptions) -> dict[str, Any]:

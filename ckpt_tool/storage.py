@@ -29,6 +29,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class FileState(NamedTuple):
+    """What tells that a file was replaced or written to: its inode, its size in bytes, and when it was last
+    written and last changed, in nanoseconds. The time of writing can be set back, that of change cannot."""
+
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
 class Reader(Protocol):
     """A read-only directory of files, addressed by paths relative to it."""
 
@@ -43,6 +53,10 @@ class Reader(Protocol):
 
     def changed(self) -> str | None:
         """A file that is not what it was when it was first read from here, if there is one."""
+        ...
+
+    def states(self) -> dict[str, FileState]:
+        """Every file that was opened here so far, as it was when it was first opened."""
         ...
 
     def size(self, path: str) -> int:
@@ -107,6 +121,10 @@ class LocalReader:
             if _written(first, now):
                 return path
         return None
+
+    def states(self) -> dict[str, FileState]:
+        with self._lock:
+            return {path: FileState(*found.contents, found.changed) for path, found in self._first.items()}
 
     def size(self, path: str) -> int:
         with self._handle(path) as fd:
@@ -176,7 +194,7 @@ class _Handle:
 class _Signature(NamedTuple):
     """What ``stat`` says of a file: its contents, its last change, and what else may have changed then."""
 
-    contents: tuple[int, ...]
+    contents: tuple[int, int, int]
     changed: int
     beside: tuple[int, ...]
 

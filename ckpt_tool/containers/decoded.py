@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from ckpt_tool.canonical import DType, Region, Tensor
 from ckpt_tool.containers.float8 import as_float32
 from ckpt_tool.errors import CoverageError, ExecutionError
-from ckpt_tool.storage import Reader
+from ckpt_tool.storage import FileState, Reader
 
 _MARK = "::decoded:"
 _STEP = 1 << 18  # values decoded at once: a megabyte at most
@@ -80,6 +80,14 @@ def real_file(path: str) -> str:
     return path.partition(_MARK)[0]
 
 
+def files_behind(path: str) -> tuple[str, ...]:
+    """The files whose bytes are read for a path: itself, or those that a virtual file is decoded from."""
+    if _MARK not in path:
+        return (path,)
+    virtual = _parsed(path)
+    return (virtual.file, virtual.scale_file)
+
+
 @lru_cache(maxsize=4096)
 def _parsed(path: str) -> _Virtual:
     found = json.loads(path.partition(_MARK)[2])
@@ -105,6 +113,9 @@ class DecodingReader:
 
     def changed(self) -> str | None:
         return self._inner.changed()
+
+    def states(self) -> dict[str, FileState]:
+        return self._inner.states()
 
     def size(self, path: str) -> int:
         return self._inner.size(real_file(path))

@@ -32,7 +32,7 @@ from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import CoverageError, MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
 from ckpt_tool.geometry import Axis, check_disjoint, pieces, take
-from ckpt_tool.storage import Reader, read_each
+from ckpt_tool.storage import FileState, Reader, read_each
 from ckpt_tool.wrappers import WRAPPERS, saved_names, unwrapped
 
 _RANK_FILE = re.compile(r"(?:.*/)?__(\d+)_\d+\.distcp$")
@@ -409,6 +409,9 @@ class _Memory:
 
     def changed(self) -> str | None:
         return None
+
+    def states(self) -> dict[str, FileState]:
+        return {}
 
     def size(self, path: str) -> int:  # noqa: ARG002
         return len(self._data)
