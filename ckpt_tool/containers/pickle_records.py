@@ -164,8 +164,8 @@ def check_spelled_out(value: Any, length: int, where: str) -> None:
     waiting = [(value, 0)]
     while waiting:
         one, depth = waiting.pop()
-        members = _members(one)
-        seen += len(members)
+        inside = members(one)
+        seen += len(inside)
         if depth > _DEEPEST:
             raise UnreadableError(
                 f"{where}: an object holds containers nested more than {_DEEPEST} deep, or itself. Save "
@@ -176,19 +176,22 @@ def check_spelled_out(value: Any, length: int, where: str) -> None:
                 f"{where}: an object of {length} bytes unfolds to more than {most} members, because "
                 "the same containers stand in it over and over. Save the checkpoint without it."
             )
-        waiting += [(member, depth + 1) for member in members if not isinstance(member, _LEAVES)]
+        waiting += [(member, depth + 1) for member in inside if type(member) not in LEAVES]
 
 
-_LEAVES = (str, int, float, bytes, type(None))
+LEAVES = frozenset({str, int, float, bool, bytes, type(None)})
 
 
-def _members(value: Any) -> list[Any]:
+def members(value: Any) -> list[Any]:
+    """What an object holds that a pickle described: members of containers, keys, arguments and state."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     if isinstance(value, list | tuple | set | frozenset):
         return list(value)
     if isinstance(value, Opaque):
         return [*value.args, value.state]
+    if isinstance(value, slice):
+        return [value.start, value.stop, value.step]
     return [value.attributes] if isinstance(value, TensorRecord) else []
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ckpt_tool.containers.pickle_records import (
@@ -298,3 +298,35 @@ def loads(data: bytes, *, where: str, extra: Mapping[tuple[str, str], Any] | Non
         raise UnreadableError(
             f"{where}: its pickled metadata is damaged ({type(error).__name__}: {error})."
         ) from error
+
+
+class _Marked(_Restricted):
+    """Persistent ids that are numbers stand for the markers of these numbers."""
+
+    def __init__(self, data: bytes, extra: Mapping[tuple[str, str], Any], markers: Sequence[Any]) -> None:
+        super().__init__(data, extra)
+        self._markers = markers
+        self.unused: list[Any] = []
+
+    def persistent_load(self, pid: Any) -> Any:
+        if type(pid) is int:
+            return self._markers[pid]
+        if isinstance(pid, tuple) and len(pid) == 5 and type(pid[3]) is type(self._markers[0]):
+            self.unused.append(pid[3])  # the device a storage was on
+        return super().persistent_load(pid)
+
+
+def loads_marked(
+    data: bytes, markers: Sequence[Any], extra: Mapping[tuple[str, str], Any] | None
+) -> tuple[Any, list[Any]]:
+    """The object a pickle describes in which literals were replaced by persistent ids: number n stands for
+    ``markers[n]``; and the markers that came where nothing is made of them.
+
+    Raises:
+        UnreadableError: a marker came where only a literal of that kind will do.
+    """
+    unpickler = _Marked(data, extra or {}, markers)
+    try:
+        return unpickler.load(), unpickler.unused
+    except Exception as error:  # whatever was made of a marker
+        raise UnreadableError(f"a literal that cannot be replaced ({type(error).__name__}).") from error

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import binascii
 import struct
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckpt_tool.canonical import DType, Region, Tensor, contiguous
 from ckpt_tool.containers import pickle_writer, pickles
+from ckpt_tool.containers.alike import Alike
 from ckpt_tool.containers.pickle_records import (
     Opaque,
     StorageRecord,
@@ -41,6 +43,7 @@ class TorchArchive(StoredZip):
     ``root`` is what was saved, tensors as ``TensorRecord``. ``offset`` and ``length`` say where in the file
     the archive lies: a .distcp file is many archives back to back. ``extra`` is passed on to
     ``pickles.loads``. A pickle of more than ``largest`` bytes is not read; ``root`` says so (``Unread``).
+    ``alike`` reads the pickles of many archives that have much in common; nobody may change ``root`` then.
 
     Raises:
         UnreadableError: the file is missing, truncated, or no torch archive.
@@ -56,6 +59,7 @@ class TorchArchive(StoredZip):
         *,
         extra: Mapping[tuple[str, str], Any] | None = None,
         largest: int | None = None,
+        alike: Alike | None = None,
     ) -> None:
         super().__init__(reader, path, offset, length)
         if "byteorder" in self.records and self.read_record("byteorder") != b"little":
@@ -64,7 +68,11 @@ class TorchArchive(StoredZip):
         if largest is not None and size > largest:
             self.root: Any = Unread(size)
             return
-        self.root = pickles.loads(self.read_record("data.pkl"), where=self.where, extra=extra)
+        data = self.read_record("data.pkl")
+        if alike is not None:
+            self.root = alike.loads(data, where=self.where)
+            return
+        self.root = pickles.loads(data, where=self.where, extra=extra)
         check_spelled_out(self.root, size, self.where)
 
     def storage_crc(self, record: TensorRecord) -> int:
@@ -77,12 +85,20 @@ class TorchArchive(StoredZip):
         Raises:
             UnreadableError: the record is shorter than the storage, or the tensor is not contiguous.
         """
+        self.require_contiguous(record)
+        return self.strided_offset_of(record)
+
+    def require_contiguous(self, record: TensorRecord) -> None:
+        """Raises UnreadableError where a tensor is not contiguous."""
         if not record.is_contiguous:
             raise UnreadableError(
                 f"{self.where}: a tensor of shape {record.shape} is stored with strides "
                 f"{record.stride}; only contiguous tensors are read here."
             )
-        return self.strided_offset_of(record)
+
+    def offsets_of(self, records: Iterable[TensorRecord]) -> array[int]:
+        """``strided_offset_of`` of each; 0 for a tensor of no elements."""
+        return array("q", [self.strided_offset_of(one) if one.numel else 0 for one in records])
 
     def strided_offset_of(self, record: TensorRecord) -> int:
         """The same for a tensor of any strides."""

@@ -34,7 +34,8 @@ from ckpt_tool.formats.deepspeed.facts.partition import PartitionRegions, consec
 from ckpt_tool.formats.deepspeed.facts.topology import Ranks
 from ckpt_tool.formats.deepspeed.reading.autoep import AutoEP
 from ckpt_tool.formats.deepspeed.reading.placement import Placement
-from ckpt_tool.formats.deepspeed.reading.rank_files import RankFiles, file_names, read_ranks
+from ckpt_tool.formats.deepspeed.reading.rank_files import RankFiles
+from ckpt_tool.formats.deepspeed.reading.rank_reading import file_names, read_ranks
 from ckpt_tool.geometry import Cut, CutRegions
 from ckpt_tool.storage import Reader
 
@@ -252,8 +253,10 @@ class _Catalogue:
         """Byte offset of a sub-group's flat buffer in each of its ranks' files."""
         key = (index, state, group)
         if key not in self._bases:
-            offsets = [self._ranks[rank].states[index][state].offset for rank in group]
-            self._bases[key] = array("q", offsets)
+            ranks = [self._ranks[rank] for rank in group]
+            self._bases[key] = array(
+                "q", [files.offsets[files.states[index][state].number] for files in ranks]
+            )
         return self._bases[key]
 
     def _add_scalar(self, key: TensorName, state: str, scalar: Scalar, files: RankFiles) -> None:
@@ -287,7 +290,7 @@ class _Catalogue:
         regions = PartitionRegions(
             numel,
             tuple(files.model_file for files in self._ranks),
-            array("q", [files.frozen[name].offset for files in self._ranks]),
+            array("q", [files.frozen_offsets[files.frozen[name].number] for files in self._ranks]),
             0,
             dtype.itemsize,
         )
