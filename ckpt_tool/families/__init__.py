@@ -66,7 +66,8 @@ class Family:
     as ``gate``, too. ``apart`` are the beginnings of names of other models in the same files, whose
     experts stay as they are. ``untranslated`` are patterns of published names of tensors that
     transformers has in memory under names that no rename here tells. ``rows`` says of which config
-    fields' product the rows of a dense tensor are. ``autoep_wrong`` is the reason why AutoEP's
+    fields' product the rows of a dense tensor are, ``shares`` the same of each part of a ``joined`` one
+    whose parts are not equal. ``autoep_wrong`` is the reason why AutoEP's
     checkpoints of this family cannot be used.
 
     What renames cannot say of torchtitan: ``torchtitan_buffers`` are patterns of its own names, of buffers
@@ -99,6 +100,7 @@ class Family:
     apart: tuple[str, ...] = ()
     untranslated: tuple[str, ...] = ()
     rows: Mapping[str, str] = field(default_factory=dict)
+    shares: Mapping[str, list[str]] = field(default_factory=dict)
     autoep_wrong: str = ""
     autoep_alias: bool = False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -12,6 +11,7 @@ from ckpt_tool.canonical import DOWN, Checkpoint, ExpertName, Tensor, TensorName
 from ckpt_tool.errors import MismatchError
 from ckpt_tool.families import Family, is_strange_expert, of_all_layers, stated, text_config
 from ckpt_tool.families.forms import compiled
+from ckpt_tool.families.rows import row_fields, stated_rows
 
 _EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|word_embeddings|embeddings|wte)\.weight")
 _MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
@@ -51,23 +51,20 @@ def _check_rows(values: Mapping[TensorName, Tensor], family: Family, text: Mappi
     """Dense tensors have as many rows as the config says, where the family's table says whose they are."""
     if not family.rows:
         return
-    fields = dict(text)
-    heads, hidden = _size(text, ["num_attention_heads"]), _size(text, ["hidden_size"])
-    if fields.get("head_dim") is None and heads is not None and heads[1] and hidden is not None:
-        fields["head_dim"] = hidden[1] // heads[1]
+    _size(text, ["num_attention_heads"])
+    _size(text, ["hidden_size"])
+    fields = row_fields(text)
     decoder = f"{_decoder(values)}."  # a vision tower may use the same names, with sizes of its own
     for name, tensor in values.items():
         if not isinstance(name, str) or not name.startswith(decoder):
             continue
         for pattern, product in family.rows.items():
-            factors = product.split()
             if not compiled(pattern).fullmatch(name):
                 continue
-            if all(type(fields.get(factor)) is int for factor in factors):
-                stated_rows = math.prod(fields[factor] for factor in factors)
-                rows = tensor.shape[0] if tensor.shape else 0
-                if stated_rows != rows:
-                    raise _disagree(" x ".join(factors), stated_rows, rows, name)
+            expected = stated_rows(product, fields)
+            rows = tensor.shape[0] if tensor.shape else 0
+            if expected is not None and expected != rows:
+                raise _disagree(" x ".join(product.split()), expected, rows, name)
 
 
 def _size(text: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, int] | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import Tensor, TensorName
 from ckpt_tool.errors import MismatchError, UnreadableError
-from ckpt_tool.families import Family
+from ckpt_tool.families import Family, text_config
 from ckpt_tool.families.forms import compiled
+from ckpt_tool.families.rows import row_fields, stated_rows
 from ckpt_tool.geometry import Axis, Placed, assemble, take
 
 # The names of wholes, each with those of the tensors that are concatenated in it.
@@ -19,34 +20,68 @@ Relation = Mapping[str, Sequence[str]]
 
 def published_parts(tensor: Tensor, family: Family) -> list[Tensor]:
     """The published tensors that a dense one in memory holds; none where names alone differ."""
-    return _split(tensor, family.parts, family.published_path) or _turned(
+    return _split(tensor, family.parts, family.published_path, None) or _turned(
         tensor, family.transposed.items(), family.published_path
     )
 
 
-def memory_parts(tensor: Tensor, family: Family) -> list[Tensor]:
-    """The tensors in memory that a published one holds; none where names alone differ."""
+def memory_parts(tensor: Tensor, family: Family, config: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors in memory that a published one holds; none where names alone differ.
+
+    Args:
+        config: the ``config.json``, which has the sizes of parts that are not equal.
+    """
     turned = ((published, own) for own, published in family.transposed.items())
-    return _split(tensor, family.joined, family.memory_module) or _turned(
+    return _split(tensor, family.joined, family.memory_module, _Shares(family, config)) or _turned(
         tensor, turned, family.memory_module
     )
 
 
-def _split(tensor: Tensor, relation: Relation, path: Callable[[str], str]) -> list[Tensor]:
-    """The equal parts along the first dimension of a whole."""
+class _Shares:
+    """The rows of each part of a whole, where a family's table says of which fields they are made."""
+
+    def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
+        self._family, self._config = family, config
+
+    def rows(self, pattern: str, tensor: Tensor) -> list[int] | None:
+        """None where the parts are equal."""
+        if pattern not in self._family.shares:
+            return None
+        fields = row_fields(text_config(self._config))
+        found = []
+        for formula in self._family.shares[pattern]:
+            rows = stated_rows(formula, fields)
+            if rows is None:
+                raise MismatchError(
+                    f"{tensor.label()} holds several tensors of transformers, and config.json does not "
+                    f"say how large they are ({formula}). Pass the model's config.json with --config."
+                )
+            found.append(rows)
+        return found
+
+
+def _split(
+    tensor: Tensor, relation: Relation, path: Callable[[str], str], shares: _Shares | None
+) -> list[Tensor]:
+    """The parts along the first dimension of a whole, equal unless ``shares`` says otherwise."""
     for pattern, names in relation.items():
         match = compiled(pattern).fullmatch(str(tensor.name))
         if match is None:
             continue
-        if not tensor.shape or tensor.shape[0] % len(names):
+        rows = shares.rows(pattern, tensor) if shares else None
+        if rows is None:
+            whole = tensor.shape[0] if tensor.shape else 0
+            rows = [whole // len(names)] * len(names)
+        if not tensor.shape or sum(rows) != tensor.shape[0]:
+            sizes = "equal" if len(set(rows)) == 1 else " + ".join(map(str, rows))
             raise UnreadableError(
-                f"{tensor.label()} of shape {list(tensor.shape)} has no {len(names)} equal parts."
+                f"{tensor.label()} of shape {list(tensor.shape)} does not consist of {len(names)} parts "
+                f"({sizes} rows)."
             )
-        rows = tensor.shape[0] // len(names)
         rest = [Axis(dim, 0, size) for dim, size in enumerate(tensor.shape)][1:]
         return [
             replace(
-                take(tensor, [Axis(0, number * rows, rows), *rest]),
+                take(tensor, [Axis(0, sum(rows[:number]), rows[number]), *rest]),
                 name=name.format(layer=path(match["layer"])),
             )
             for number, name in enumerate(names)

@@ -367,11 +367,14 @@ class Entry:
         return replace(self.tensor, name=self.name, shape=self.shape, regions=CutRegions(cuts))
 
 
-def entries(tensors: Sequence[Tensor], family: Family, style: str) -> list[Entry]:
+def entries(
+    tensors: Sequence[Tensor], family: Family, style: str, config: Mapping[str, Any] | None = None
+) -> list[Entry]:
     """Canonical tensors under published names as the entries of files, in the order of the model.
 
     Args:
         style: ``hub`` for the published form, ``fused`` for transformers' names and stacks.
+        config: the ``config.json``, which has the sizes that some tensors are taken apart by.
 
     Raises:
         MismatchError: an expert tensor has no place in that form, or half of a fused one is missing.
@@ -388,19 +391,23 @@ def entries(tensors: Sequence[Tensor], family: Family, style: str) -> list[Entry
         elif joined is None:
             found.append(Entry(tensor.name, tensor, tensor.shape, (tensor.name,)))
         else:
-            found += _in_memory(tensor, joined, family)
+            found += _in_memory(tensor, joined, family, config or {})
     if sum(t.numel for t in tensors) != sum(math.prod(entry.shape) for entry in found):
         raise MismatchError("Naming the tensors of the result lost elements. This is a bug in ckpt-tool.")
     return found
 
 
-def _in_memory(tensor: Tensor, joined: Mapping[TensorName, Whole], family: Family) -> list[Entry]:
+def _in_memory(
+    tensor: Tensor, joined: Mapping[TensorName, Whole], family: Family, config: Mapping[str, Any]
+) -> list[Entry]:
     """A dense tensor as transformers has it: under its name, in parts, or with those it is one with."""
     name = str(tensor.name)
     whole = joined.get(name)
     if whole is not None:
         return [Entry(whole.name, one, one.shape, whole.parts) for one in whole.here]
-    found = memory_parts(tensor, family) or [replace(tensor, name=family.unpublished(name, "transformers"))]
+    found = memory_parts(tensor, family, config) or [
+        replace(tensor, name=family.unpublished(name, "transformers"))
+    ]
     return [Entry(str(one.name), one, one.shape, (name,)) for one in found]
 
 

@@ -72,6 +72,8 @@ def logits(model: Any) -> torch.Tensor:
     """With freshly allocated weights: kernels choose by the alignment of what they are given."""
     torch.manual_seed(1)  # a diffusion model begins with noise
     model = getattr(model, "thinker", model)  # what reads and writes text of a model that also speaks
+    if model.config.model_type == "llama4":  # transformers 5.24 asks for images that it was not given
+        model = model.language_model
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data = tensor.data.clone()
@@ -106,6 +108,21 @@ def rounded(name: str, model: Any) -> list[str]:
         for key in model.state_dict()
         if any(pattern.search(key) for pattern in kept) and not family.keeps_fp32(key)
     ]
+
+
+def loaded_in_bf16(kind: type, saved: Path, ours: Path) -> str | None:
+    """What differs, in dtype or bits, between the model in bf16 loaded from transformers' fp32 files and
+    from our bf16 export of them. A parameter may be kept in fp32 by a list, or because it is created so."""
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    expected, found = (kind.from_pretrained(path, **options).state_dict() for path in (saved, ours))
+    for key, tensor in expected.items():
+        if key.endswith(_NOT_RESTORED):
+            continue
+        if found[key].dtype != tensor.dtype or not torch.equal(found[key], tensor):
+            return (
+                f"bf16: {key} is {tensor.dtype} in transformers, and rounded or another one in our export"
+            )
+    return None
 
 
 def lost_in_autoep(path: Path) -> str | None:
@@ -154,6 +171,10 @@ def check(name: str, root: Path) -> str | None:
         wrong = loaded(type(model), root / form, state, expected)
         if wrong is not None:
             return wrong
+    convert(root / "saved", root / "bf16", "hub", DType.bfloat16)
+    wrong = loaded_in_bf16(type(model), root / "saved", root / "bf16")
+    if wrong is not None:
+        return wrong
     return refused(root) if untranslated else started(root, model)
 
 

@@ -7,11 +7,13 @@ H 32, I 12, D 20, S 28, E 4, vocabulary 64: no two sizes alike, so that a wrong 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ckpt_tool.families import families
+from ckpt_tool.errors import UsageError
+from ckpt_tool.families import families, family_of
 
 H, I, D, S, E = 32, 12, 20, 28, 4
 BASE: dict[str, Any] = dict(
@@ -180,6 +182,9 @@ TEXT: dict[str, dict[str, Any]] = {
         encoder_ffn_dim=I, decoder_ffn_dim=D, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_sparse_step=2, decoder_sparse_step=2,
     ),
+    "sarvam_mla": ROUTED | DENSE1 | MLA,
+    "sarvam_moe": ROUTED | DENSE1,
+    "lara_mini": PLAIN | SHARED | LINEAR,
     "doge": dict(num_experts=E, intermediate_size=D, num_experts_per_tok=2, is_moe=True, num_keys=4),
 }  # fmt: skip
 
@@ -239,6 +244,19 @@ COMPOSITE: dict[str, dict[str, Any]] = {
         vision_config=SMALL_ENCODER | dict(
             patch_size=4, text_hidden_size=H, projection_hidden_dim=16, posemb_grid_size=4
         ),
+    ),
+    "inkling2_loop": dict(
+        text_config=BASE | HYBRID | dict(
+            moe_intermediate_size=I, num_experts_per_tok=2, n_routed_experts=E, unpadded_vocab_size=64,
+            n_layers_per_attn_res_block=1, loop_layer_index_start=1, loop_layer_index_end=2, loop_gate_rank=4,
+        ),
+        vision_config=SMALL_ENCODER | dict(
+            patch_size=4, text_hidden_size=H, projection_hidden_dim=16, posemb_grid_size=4
+        ),
+    ),
+    "hy_v4_vl": dict(
+        text_config=_text("hy_v4", model_type="hy_v4_vl_text"),
+        vision_config=SMALL_ENCODER | dict(patch_size=4, out_hidden_size=H, max_image_size=16),
     ),
     "mistral_large4": dict(
         text_config=BASE | ROUTED | KINDS | MLA | INDEX,
@@ -312,17 +330,24 @@ MODELS = tuple(TEXT) + tuple(COMPOSITE)
 # What only the newer of the releases they are tested with can build: it has the family, or beside it is
 # installed what the family's code imports.
 NEWER_ONLY = (
-    "dots3_note", "dots3_note_text", "flint", "inkling2", "inkling_mm_model", "mistral_large4", "nemo_speechlm",
+    "dots3_note", "dots3_note_text", "flint", "hy_v4_vl", "inkling2", "inkling2_loop",
+    "inkling_mm_model", "lara_mini", "mistral_large4",
+    "nemo_speechlm", "sarvam_mla", "sarvam_moe",
 )  # fmt: skip
 _IMPORTS = {"inkling_mm_model": "scipy"}
 
 # Model types in the tables that cannot be built, or that need not be.
 NOT_BUILT = {
+    "arctic": "has no class in transformers; its code is in its repository",
+    "bailing_moe": "has no class in transformers; its files have the names of sarvam_moe",
+    "bailing_moe_v2": "another name of bailing_moe",
     "gemma4_unified": "has the names of gemma4, and no experts",
     "gemma4_unified_text": "has the names of gemma4_text, and no experts",
     "inkling": "another name of inkling_mm_model",
     "kimi_k2": "has no class in transformers; its files have the names of deepseek_v3",
     "llama": "is not sparse",
+    "minimax_m1": "has no class in transformers; its files have the names of minimax",
+    "minimax_text_01": "another name of minimax_m1",
     "mistral": "is not sparse",
     "mistral3/mistral4": "is built as mistral3",
     "qwen2": "is not sparse",
@@ -348,7 +373,42 @@ def can_build(name: str) -> bool:
 
 
 def without_family() -> list[str]:
-    """The model code of the installed release that defines experts, and that no family's type belongs to."""
+    """What the installed release has with experts and no family is for: model code, and registered types."""
+    return sorted({*_code_without_family(), *_types_without_family()})
+
+
+def _types_without_family() -> set[str]:
+    """The types in the configuration registry whose defaults state experts, and no family knows. Types of parts
+    of another model (its text model, its tower) are that model's matter."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+    fields = {name for family in families() for name in family.config.get("experts", ()) if "." not in name}
+    sparse: set[str] = set()
+    parts: set[str] = set()
+    for model_type in CONFIG_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[model_type]().to_dict()
+        except Exception:  # no defaults, or what its code imports is not installed
+            continue
+        nested = list(_configs(config))
+        parts |= {str(part.get("model_type")) for part in nested[1:]}
+        if any(isinstance(part.get(name), int) and part[name] > 1 for part in nested for name in fields):
+            try:
+                family_of(config)
+            except UsageError:
+                sparse.add(model_type)
+    return sparse - parts
+
+
+def _configs(config: Any) -> Iterator[dict[str, Any]]:
+    """A config and all in it."""
+    if isinstance(config, dict):
+        yield config
+        for value in config.values():
+            yield from _configs(value)
+
+
+def _code_without_family() -> list[str]:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 

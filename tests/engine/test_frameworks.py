@@ -26,7 +26,7 @@ pytestmark = pytest.mark.engine
 # transformers does not load to a device mesh without accelerate
 ENVIRONMENTS = {
     ("accelerate==1.15.0",): ("accelerate", "trainer"),
-    ("transformers==5.23.0", "accelerate==1.15.0"): ("transformers",),
+    ("transformers==5.24.0", "accelerate==1.15.0"): ("transformers",),
     ("veomni==0.1.12",): ("veomni",),
 }
 TIED = {"tie_word_embeddings": True}

@@ -19,7 +19,7 @@ from tests.engine.processes import failure, run_child
 
 pytestmark = pytest.mark.engine
 
-INSTALLED, NEWER = importlib.metadata.version("transformers"), "5.23.0"
+INSTALLED, NEWER = importlib.metadata.version("transformers"), "5.24.0"
 RUNS = [(INSTALLED, name) for name in MODELS if name not in NEWER_ONLY] + [(NEWER, name) for name in MODELS]
 
 

@@ -186,14 +186,15 @@ def test_two_kinds_of_experts_in_one_list_need_their_number() -> None:
         family.match("model.layers.0.mlp.experts.3.up_proj.weight", {})
 
 
-def test_the_correction_bias_stays_fp32_in_a_bf16_export(tmp_path: Path) -> None:
+def test_the_router_stays_fp32_in_a_bf16_export(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config("deepseek_v3_w2e2")))
     result = api.consolidate(
         checkpoint_of("deepseek_v3_w2e2"), tmp_path / "out", config=tmp_path, dtype="bf16", verify=True
     )
     found = load_file(tmp_path / "out" / "model.safetensors")
     kept = {name for name, tensor in found.items() if tensor.dtype is torch.float32}
-    assert kept == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    gate = "model.layers.1.mlp.gate"
+    assert kept == {f"{gate}.weight", f"{gate}.e_score_correction_bias"}
     assert any("e_score_correction_bias" in note for note in result.notes)
 
 

@@ -40,7 +40,9 @@ def layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
     check_config(published, family, config)
     values = published.values()
     keep_encoded = options.dtype is None and any(tensor.encoding for tensor in values)
-    slots = _encoded_slots(values, family, style) if keep_encoded else _slots(values, family, options)
+    slots = (
+        _encoded_slots(values, family, style) if keep_encoded else _slots(values, family, options, config)
+    )
     shards = _shards(slots, options.max_shard_bytes)
     files = [safetensors_file(path, part, {"format": "pt"}) for path, part in shards.items()]
     if list(shards) != [SINGLE]:
@@ -62,12 +64,14 @@ def layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
 # ---- tensors
 
 
-def _slots(values: Sequence[Tensor], family: Family, options: TargetOptions) -> list[Named]:
+def _slots(
+    values: Sequence[Tensor], family: Family, options: TargetOptions, config: Mapping[str, Any]
+) -> list[Named]:
     """(name, slot) of every tensor in the order of the model."""
     style = options.hf_layout or HUB_FORM
     return [
         (entry.name, Slot(entry.tensor, entry.shape, _dtype(entry, family, options.dtype), entry.start))
-        for entry in entries(values, family, style)
+        for entry in entries(values, family, style, config)
     ]
 
 

@@ -243,7 +243,7 @@ class _Titan(_Namer):
 class _InMemory(_Namer):
     """transformers' names, stacks and joined tensors, from published ones."""
 
-    def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
+    def __init__(self, checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]) -> None:
         super().__init__(checkpoint)
         self._family = family
         self._entries: list[Entry] = []
@@ -259,7 +259,7 @@ class _InMemory(_Namer):
                 )
             by_state.setdefault(WEIGHT if tensor.state == MASTER else tensor.state, []).append(tensor)
         for tensors in by_state.values():
-            for entry in entries(tensors, family, FUSED_FORM):
+            for entry in entries(tensors, family, FUSED_FORM, config):
                 self._entries.append(entry)
                 for source in entry.sources:
                     self._names.setdefault(source, {})[entry.name] = None
@@ -297,4 +297,4 @@ def _namer(checkpoint: Checkpoint, dialect: str, config: Mapping[str, Any] | Non
                 "another --style."
             )
         return _Titan(to_hub(checkpoint, family, found), family, found)
-    return _InMemory(to_hub(checkpoint, family, found), family)
+    return _InMemory(to_hub(checkpoint, family, found), family, found)

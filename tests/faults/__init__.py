@@ -1,1 +1,0 @@
-"""What machines do to programs: refuse, fail, fill up, interrupt and kill."""
