@@ -257,6 +257,7 @@ class TrainingState:
     Values are plain Python data and stand-ins of containers.pickles; a tensor in ``client_state`` is a
     ``Tensor``, so that it is streamed like all others. ``per_rank`` names the client state that
     differed between ranks and therefore means nothing on other ranks; it is not in ``client_state``.
+    The keys of both are what the user chose: mostly text, but numbers, tuples and None as well.
     ``loss_scale`` holds DeepSpeed's ``loss_scaler``, ``dynamic_loss_scale`` and ``overflow``.
     """
 
@@ -265,8 +266,8 @@ class TrainingState:
     param_groups: tuple[ParamGroup, ...] = ()
     scheduler: Any = None
     loss_scale: Mapping[str, Any] = field(default_factory=dict)
-    client_state: Mapping[str, Any] = field(default_factory=dict)
-    per_rank: tuple[str, ...] = ()
+    client_state: Mapping[Any, Any] = field(default_factory=dict)
+    per_rank: tuple[Any, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     engine_version: str | None = None
 

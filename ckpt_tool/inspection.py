@@ -47,8 +47,8 @@ def overview(checkpoint: Checkpoint) -> dict[str, Any]:
         "names": checkpoint.dialect,
         "parameter_groups": len(checkpoint.training.param_groups),
         "aliases": dict(checkpoint.aliases),
-        "client_state": sorted(checkpoint.training.client_state),
-        "client_state_per_rank": list(checkpoint.training.per_rank),
+        "client_state": sorted(map(str, checkpoint.training.client_state)),
+        "client_state_per_rank": list(map(str, checkpoint.training.per_rank)),
         "notes": [*checkpoint.notes, *_experts_in_sight(checkpoint)],
     }
 

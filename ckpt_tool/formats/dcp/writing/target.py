@@ -176,6 +176,12 @@ class _Builder:
                 "The scheduler's state is left out: it belongs to another engine's scheduler. The groups "
                 "carry the learning rate of the last step; start yours at this step."
             )
+        client = self._checkpoint.training.client_state
+        if client and self._hint is None and not self._options.weights_only:
+            self._notes.append(
+                f"Client state is left out: {', '.join(map(str, client))}. No engine that reads DCP looks "
+                "for another engine's."
+            )
         scheme = self._scheme
         model, others = self._model_items(), self._other_items()
         for directory, item in self._items_beside():

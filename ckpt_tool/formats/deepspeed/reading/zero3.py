@@ -438,7 +438,11 @@ class _Catalogue:
             if any(
                 files.client_digests.get(key) != self._first.client_digests[key] for files in self._ranks
             )
-        ) + tuple(sorted({key for files in self._ranks for key in files.client} - set(self._first.client)))
+        ) + tuple(
+            sorted(
+                {key for files in self._ranks for key in files.client} - set(self._first.client), key=repr
+            )
+        )
         return TrainingState(
             step=engine.get("global_steps"),
             counters={

@@ -58,7 +58,7 @@ def notes(checkpoint: Checkpoint, *, weights_only: bool) -> tuple[str, ...]:
     """What the user is to know about any DeepSpeed target of this source."""
     found = list(checkpoint.notes)
     if checkpoint.training.per_rank:
-        found.append(_PER_RANK.format(names=", ".join(checkpoint.training.per_rank)))
+        found.append(_PER_RANK.format(names=", ".join(map(str, checkpoint.training.per_rank))))
     if weights_only or all(tensor.state in (MASTER, WEIGHT) for tensor in checkpoint.tensors):
         found.append(_NO_STATE)
     return tuple(found)

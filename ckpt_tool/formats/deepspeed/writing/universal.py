@@ -224,8 +224,8 @@ def _notes(checkpoint: Checkpoint, options: TargetOptions) -> tuple[str, ...]:
         notes.append(_NOT_RESTORED.format(names=listed))
     if training.per_rank:
         notes.append(
-            f"Client state {', '.join(training.per_rank)} differs between ranks and means nothing on "
-            "others; it is left out. Your code must do without it after loading."
+            f"Client state {', '.join(map(str, training.per_rank))} differs between ranks and means "
+            "nothing on others; it is left out. Your code must do without it after loading."
         )
     if training.loss_scale.get("dynamic_loss_scale"):
         notes.append(
