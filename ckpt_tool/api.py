@@ -19,7 +19,7 @@ from ckpt_tool.canonical import Checkpoint, DType
 from ckpt_tool.commit import manifest_root, occupied, read_manifest
 from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.conversion import Execution as Execution
-from ckpt_tool.conversion import carry_out, check_disk, refuse_own_source, refuse_strangers
+from ckpt_tool.conversion import Outcome, carry_out, check_disk, refuse_own_source, refuse_strangers
 from ckpt_tool.duplicates import Copies, find_copies
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.execute.budget import Budget
@@ -41,6 +41,7 @@ from ckpt_tool.model_files import (
 )
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader
+from ckpt_tool.system_errors import told
 from ckpt_tool.values import check_replicas
 from ckpt_tool.wrappers import as_saved
 
@@ -85,6 +86,7 @@ class Result:
         return self.bytes_written
 
 
+@told()
 def open(path: PathLike, *, config: PathLike | None = None) -> Checkpoint:
     """Read the catalogue of a checkpoint: metadata only, whatever its size.
 
@@ -96,6 +98,7 @@ def open(path: PathLike, *, config: PathLike | None = None) -> Checkpoint:
     return checkpoint if config is None else _with_experts(checkpoint, Path(path), config)
 
 
+@told()
 def convert(
     source: PathLike,
     target: PathLike,
@@ -193,7 +196,7 @@ def convert(
         layout = TARGETS[to].layout(checkpoint, options)
         plan = make_plan(layout)
         destination = Path(os.path.abspath(target))  # noqa: PTH100 (keep symlinks as the user wrote them)
-        verdict = None
+        outcome = Outcome(None)
         refuse_own_source(Path(reader.root), destination)
         if how.overwrite:
             refuse_strangers(destination)
@@ -203,7 +206,7 @@ def convert(
             check_disk(destination, plan.bytes_written)
         if not dry_run:
             check_replicas(checkpoint, reader, budget)
-            verdict = carry_out(plan, reader, checkpoint, destination, to, options, how, budget, verify)
+            outcome = carry_out(plan, reader, checkpoint, destination, to, options, how, budget, verify)
     finally:
         reader.close()
     return Result(
@@ -216,8 +219,8 @@ def convert(
         peak_memory_bytes=budget.nbytes(plan.largest_block),
         left_out=layout.left_out,
         casts=tuple((cast.label, cast.source, cast.target) for cast in plan.casts),
-        notes=(*layout.notes, *files_left),
-        verdict=verdict,
+        notes=(*layout.notes, *files_left, *outcome.notes),
+        verdict=outcome.verdict,
     )
 
 
@@ -295,6 +298,7 @@ def _refuse_useless(to: str, given: Mapping[str, object]) -> None:
         raise UsageError(f"{', '.join(useless)}: --to {to} has no use for it. Leave it out.")
 
 
+@told()
 def find_copied_experts(
     source: PathLike, *, config: PathLike | None = None, how: Execution | None = None
 ) -> list[Copies]:
@@ -317,6 +321,7 @@ def find_copied_experts(
         reader.close()
 
 
+@told()
 def verify(
     a: PathLike,
     b: PathLike | None = None,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _EPILOG = (
     "Exit codes: 0 done; 1 found wrong (verify); 2 usage; 3 unreadable or unsupported input; 4 failed "
-    "while running; 130 interrupted; 141 nobody reads the output."
+    "while running; 130 interrupted (Ctrl-C); 143 terminated; 141 nobody reads the output."
 )
 
 app = typer.Typer(
@@ -31,11 +31,14 @@ app = typer.Typer(
     help="Convert, re-shard, consolidate and inspect Mixture-of-Experts checkpoints in bounded memory.",
 )
 
+# `readable=False`: typer does not look, so that what it would find is told as everything else is.
 Source = Annotated[
     Path,
-    typer.Argument(help="A checkpoint: its tag directory, the parent with a `latest` file, or a file."),
+    typer.Argument(
+        readable=False, help="A checkpoint: its tag directory, the parent with a `latest` file, or a file."
+    ),
 ]
-Destination = Annotated[Path, typer.Argument(help="The new directory.")]
+Destination = Annotated[Path, typer.Argument(readable=False, help="The new directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 MaxMemory = Annotated[
@@ -58,6 +61,7 @@ Config = Annotated[
     Path | None,
     typer.Option(
         "--config",
+        readable=False,
         help="The model's config.json, or the directory with it, whose tokenizer is carried over, too.",
     ),
 ]
@@ -78,7 +82,11 @@ World = Annotated[
 ]
 Like = Annotated[
     Path | None,
-    typer.Option("--like", help="A checkpoint the target run saved itself: its layout, with these values."),
+    typer.Option(
+        "--like",
+        readable=False,
+        help="A checkpoint the target run saved itself: its layout, with these values.",
+    ),
 ]
 WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="Leave optimizer state out.")]
 _MEMORY = "1GiB"
@@ -171,7 +179,9 @@ def convert(
     weights_only: WeightsOnly = False,
     ds_config: Annotated[
         Path | None,
-        typer.Option("--ds-config", help="A DeepSpeed config, for what the source does not say."),
+        typer.Option(
+            "--ds-config", readable=False, help="A DeepSpeed config, for what the source does not say."
+        ),
     ] = None,
     style: Annotated[
         str | None,
@@ -219,7 +229,8 @@ def convert(
             dry_run=dry_run,
             how=_execution(max_memory, workers, no_fsync, overwrite, progress),
         )
-    _print_result(result, dry_run=dry_run, json=json, quiet=quiet)
+        progress.close()
+        _print_result(result, dry_run=dry_run, json=json, quiet=quiet)
 
 
 @app.command()
@@ -254,7 +265,8 @@ def reshard(
             dry_run=dry_run,
             how=_execution(max_memory, workers, no_fsync, overwrite, progress),
         )
-    _print_result(result, dry_run=dry_run, json=json, quiet=quiet)
+        progress.close()
+        _print_result(result, dry_run=dry_run, json=json, quiet=quiet)
 
 
 @app.command()
@@ -291,13 +303,16 @@ def consolidate(
             dry_run=dry_run,
             how=_execution(max_memory, workers, no_fsync, overwrite, progress),
         )
-    _print_result(result, dry_run=dry_run, json=json, quiet=quiet)
+        progress.close()
+        _print_result(result, dry_run=dry_run, json=json, quiet=quiet)
 
 
 @app.command()
 def verify(
     a: Source,
-    b: Annotated[Path | None, typer.Argument(help="A second checkpoint to compare with.")] = None,
+    b: Annotated[
+        Path | None, typer.Argument(readable=False, help="A second checkpoint to compare with.")
+    ] = None,
     config: Config = None,
     max_memory: MaxMemory = _MEMORY,
     workers: Workers = None,
@@ -342,7 +357,8 @@ def _cell(value: Any) -> str:
 @app.command()
 def demo(
     directory: Annotated[
-        Path | None, typer.Argument(help="Where to write the results. Default: a temporary directory.")
+        Path | None,
+        typer.Argument(readable=False, help="Where to write the results. Default: a temporary directory."),
     ] = None,
 ) -> None:
     """The main job on a small real checkpoint: inspect, re-shard, convert, consolidate, verify."""
@@ -376,7 +392,8 @@ def _execution(
 ) -> Execution:
     from ckpt_tool.api import Execution
 
-    return Execution(parse_size(max_memory), workers, not no_fsync, overwrite, progress)
+    memory = parse_size(max_memory)
+    return Execution(memory, workers, not no_fsync, overwrite, progress, progress.published)
 
 
 def _print_result(result: Result, *, dry_run: bool, json: bool, quiet: bool) -> None:
@@ -463,12 +480,22 @@ def _print_verdict(verdict: Verdict, *, compared: bool, json: bool, quiet: bool)
 def main() -> None:
     """Entry point: turns errors into a sentence on stderr and an exit code."""
     from ckpt_tool.errors import CkptToolError
+    from ckpt_tool.report import discard_stdout
+    from ckpt_tool.system_errors import output_failed
 
     try:
-        app(args=_with_default_glob(sys.argv[1:]), prog_name="ckpt-tool")
+        try:
+            app(args=_with_default_glob(sys.argv[1:]), prog_name="ckpt-tool")
+        finally:
+            sys.stdout.flush()
     except CkptToolError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:  # the API tells of files; what is left is what is printed
+        discard_stdout()
+        failure = output_failed(error)
+        _complain(str(failure))
+        sys.exit(failure.exit_code)
     except Exception:
         import traceback
 
@@ -478,7 +505,9 @@ def main() -> None:
 
 
 def _complain(message: str) -> None:
-    print(f"ckpt-tool: {message}", file=sys.stderr)  # noqa: T201
+    from ckpt_tool.report import say
+
+    say(f"ckpt-tool: {message}")
 
 
 def _with_default_glob(arguments: list[str]) -> list[str]:

@@ -8,19 +8,22 @@ it says where it came from and holds checksums of every byte.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tool.errors import UnreadableError, UsageError
+from ckpt_tool.errors import CkptToolError, ExecutionError, UnreadableError, UsageError
 from ckpt_tool.journal import Run, boot, file_entry, read_journal
 from ckpt_tool.layout import TargetFile
-from ckpt_tool.storage import FileState, sync_directory, writing_failed
+from ckpt_tool.storage import FileState, is_file, sync_directory
+from ckpt_tool.system_errors import reading_failed, unusable_destination, writing_failed
 from ckpt_tool.written import WrittenExtent, WrittenFile
 
 MANIFEST = "ckpt_tool_manifest.json"
@@ -51,14 +54,15 @@ class Staging:
         self._identity = dict(identity)
         self._fsync = fsync
         self._overwrite = overwrite
-        self._keep = False
+        self._keep = self._moved = False
         self._run: Run | None = None
         self.done: dict[str, WrittenFile] = {}
         self._journal = self._locked_journal()
         try:
+            self._directory = self.path.stat()
             self._take_over()
         except BaseException:
-            os.close(self._journal)
+            _let_go(self._journal)
             raise
 
     def _locked_journal(self) -> int:
@@ -66,7 +70,7 @@ class Staging:
         directory at any moment before that."""
         while True:
             self._refuse_occupied()
-            if self.path.is_symlink() or (occupied(self.path) and not (self.path / JOURNAL).is_file()):
+            if occupied(self.path) and (self.path.is_symlink() or not (self.path / JOURNAL).is_file()):
                 raise UsageError(
                     f"{self.path} is in the way and was not left by a run of ckpt-tool. Remove it or "
                     "choose another destination."
@@ -74,7 +78,7 @@ class Staging:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UsageError(f"{self.path} cannot be made: {error.strerror}.") from error
+                raise unusable_destination(self.path, error) from error
             try:
                 journal = os.open(self.path / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:
@@ -82,21 +86,22 @@ class Staging:
             except OSError as error:
                 raise writing_failed(self.path / JOURNAL, error) from error
             try:
-                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(journal)
-                raise UsageError(f"{self.path} is in use by another run of ckpt-tool.") from None
-            if self._is_journal(journal):
-                return journal
-            os.close(journal)
+                lock(journal, self.path)
+                if self._is_journal(journal):
+                    return journal
+            except BaseException:
+                _let_go(journal)
+                raise
+            _let_go(journal)
 
     def _is_journal(self, descriptor: int) -> bool:
         """Whether an open file still is the one with the journal's name."""
         try:
-            named = (self.path / JOURNAL).stat()
+            return os.path.samestat(os.fstat(descriptor), (self.path / JOURNAL).stat())
         except FileNotFoundError:
             return False
-        return os.path.samestat(os.fstat(descriptor), named)
+        except OSError as error:
+            raise reading_failed(self.path / JOURNAL, error) from error
 
     def _refuse_occupied(self) -> None:
         if not self._overwrite and occupied(self.target):
@@ -106,8 +111,11 @@ class Staging:
 
     def _take_over(self) -> None:
         """Find the files an earlier run of this command completed."""
-        found = read_journal(os.pread(self._journal, os.fstat(self._journal).st_size, 0))
-        os.ftruncate(self._journal, found.whole)
+        try:
+            found = read_journal(os.pread(self._journal, os.fstat(self._journal).st_size, 0))
+            os.ftruncate(self._journal, found.whole)
+        except OSError as error:
+            raise writing_failed(self.path / JOURNAL, error) from error
         if found.whole and found.identity != json.loads(json.dumps(self._identity)):
             raise UsageError(
                 f"{self.path} was left by another command ({_summary(found.identity)}). Run that command "
@@ -187,9 +195,9 @@ class Staging:
     def _record(self, entry: Mapping[str, Any], *, durable: bool = False) -> None:
         """Add a line. That a file is complete need not be ``durable``: lost, it costs writing one file
         again, and the data it speaks of is. What takes such a line back has to be."""
-        os.lseek(self._journal, 0, os.SEEK_END)
         line = json.dumps(entry).encode() + b"\n"
         try:
+            os.lseek(self._journal, 0, os.SEEK_END)
             while line:
                 line = line[os.write(self._journal, line) :]
             if durable:
@@ -198,13 +206,37 @@ class Staging:
             raise writing_failed(self.path / JOURNAL, error) from error
 
     def publish(self) -> None:
-        """Write the manifest and move the directory to its final name."""
-        try:
-            self._publish()
-        except OSError as error:
-            raise writing_failed(Path(error.filename or self.path), error) from error
+        """Write the manifest and move the directory to its final name.
 
-    def _publish(self) -> None:
+        Raises:
+            ExecutionError: nothing was published, or all was and the message says so.
+        """
+        try:
+            self._seal()
+            self._move()
+        except OSError as error:
+            if not self.published():
+                raise writing_failed(Path(error.filename or self.path), error) from error
+        try:
+            self._tidy()
+        except (OSError, CkptToolError) as error:
+            why = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            raise ExecutionError(
+                f"{self.target} is complete, but not all that follows could be done: {why}. Run the same "
+                "command again to finish."
+            ) from error
+
+    def published(self) -> bool:
+        """Whether the directory has its final name. An interrupt may come between any two steps, so that
+        only a look tells."""
+        if self._moved:
+            return True
+        try:
+            return os.path.samestat(self._directory, self.target.lstat())
+        except OSError:
+            return False
+
+    def _seal(self) -> None:
         manifest = {
             "manifest_version": MANIFEST_VERSION,
             **self._identity,
@@ -213,47 +245,92 @@ class Staging:
                 for _, file in sorted(self.done.items())
             ],
         }
-        (self.path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        (self.path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="ascii")
         if self._fsync:
             with (self.path / MANIFEST).open("rb") as written:
                 os.fsync(written.fileno())
         self._refuse_occupied()
         if self._fsync:
-            for directory, _, _ in os.walk(self.path):
+            for directory, _, _ in os.walk(self.path, onerror=_raise):
                 sync_directory(directory)
-        old = self.target.parent / f".{self.target.name}.ckpt-tool-replaced"
-        if occupied(self.target):
-            _remove(old)
-            self.target.rename(old)
-        elif self.target.is_dir():
-            self.target.rmdir()
-        # The locked journal goes along and is removed last: until then no other run can take over.
-        self.path.rename(self.target)
-        (self.target / JOURNAL).unlink()
+
+    def _move(self) -> None:
+        """The locked journal goes along and is removed last: until then no other run can take over."""
+        old, aside = replaced(self.target), False
+        try:
+            if occupied(self.target):
+                _remove(old)
+                aside = True
+                self.target.rename(old)
+            self.path.rename(self.target)
+            self._moved = True
+        except BaseException:
+            # Also where the user interrupts: what was to be replaced gets its name back.
+            with contextlib.suppress(OSError):
+                if aside and not self.target.exists() and old.exists():
+                    old.rename(self.target)
+            raise
+
+    def _tidy(self) -> None:
         if self._fsync:
             sync_directory(self.target.parent)
-        _remove(old)
+        tidy(self.target, overwrite=self._overwrite)
 
     def close(self) -> None:
         """Let go of the directory; remove it where it holds nothing worth going on with."""
-        if not self.done and not self._keep:
+        if not self.done and not self._keep and not self.published():
             shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._journal)
+        _let_go(self._journal)
+
+
+def replaced(target: Path) -> Path:
+    """Where the directory that ``target`` replaces is kept until it is replaced."""
+    return target.parent / f".{target.name}.ckpt-tool-replaced"
+
+
+def tidy(target: Path, *, overwrite: bool = True) -> None:
+    """Remove what publishing leaves beside and in a result; the journal last, which tells that it is not
+    done yet. What another command moved aside is not removed by one that replaces nothing."""
+    if overwrite:
+        _remove(replaced(target))
+    (target / JOURNAL).unlink(missing_ok=True)
+
+
+def lock(journal: int, directory: Path) -> None:
+    """Take the lock of an open journal; UsageError where another run has it."""
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{directory} is in use by another run of ckpt-tool.") from None
+    except OSError as error:
+        raise writing_failed(directory / JOURNAL, error) from error
+
+
+def _let_go(journal: int) -> None:
+    with contextlib.suppress(OSError):  # nothing depends on a journal's last line
+        os.close(journal)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _remove(path: Path) -> None:
     """Remove what was replaced, whatever it was."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
 def occupied(path: Path) -> bool:
     """Whether a result would replace something at ``path``: anything but an empty directory."""
-    if path.is_dir() and not path.is_symlink():
-        return any(path.iterdir())
-    return path.exists() or path.is_symlink()
+    try:
+        return not stat.S_ISDIR(path.lstat().st_mode) or bool(list(path.iterdir()))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise unusable_destination(path, error) from error
 
 
 def _summary(identity: Mapping[str, Any]) -> str:
@@ -271,7 +348,7 @@ class Manifest:
 
 def manifest_root(directory: Path) -> Path:
     """A Universal checkpoint's manifest lies beside its tag file, one level up."""
-    if not (directory / MANIFEST).is_file() and (directory.parent / MANIFEST).is_file():
+    if not is_file(directory / MANIFEST) and is_file(directory.parent / MANIFEST):
         return directory.parent
     return directory
 
@@ -283,10 +360,10 @@ def read_manifest(directory: Path) -> Manifest | None:
         UnreadableError: it is damaged, or of a version this release does not know.
     """
     path = directory / MANIFEST
-    if not path.is_file():
+    if not is_file(path):
         return None
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         if data["manifest_version"] != MANIFEST_VERSION:
             raise UnreadableError(
                 f"{path} is of version {data['manifest_version']}; this release of ckpt-tool reads "
@@ -300,6 +377,8 @@ def read_manifest(directory: Path) -> Manifest | None:
             )
             for file in data["files"]
         )
+    except OSError as error:
+        raise reading_failed(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UnreadableError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
     return Manifest({key: value for key, value in data.items() if key != "files"}, files)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -24,6 +25,7 @@ from ckpt_tool.formats.registry import SOURCES, locate, open_checkpoint
 from ckpt_tool.integrity import check
 from ckpt_tool.layout import TargetFile
 from ckpt_tool.plan import Plan, copies
+from ckpt_tool.published import finish, is_published, is_what_it_would_be
 from ckpt_tool.storage import LocalReader, LocalWriter, Reader
 
 DEFAULT_MAX_MEMORY = 1024 * MIB
@@ -38,6 +40,7 @@ class Execution:
     fsync: bool = True
     overwrite: bool = False
     meter: Meter = field(default_factory=Silent)
+    on_published: Callable[[Path], None] = lambda _: None  # told even where the run is interrupted then
 
     def budget(self) -> Budget:
         return Budget.share(self.max_memory, self.workers or default_workers())
@@ -46,6 +49,13 @@ class Execution:
 def default_workers() -> int:
     """Two threads per core hide the latency of storage; more than eight gain nothing on one machine."""
     return min(8, 2 * (os.cpu_count() or 1))
+
+
+class Outcome(NamedTuple):
+    """What became of a plan: the comparison if one was asked for, and what else to tell."""
+
+    verdict: Verdict | None
+    notes: tuple[str, ...] = ()
 
 
 def carry_out(
@@ -58,8 +68,9 @@ def carry_out(
     how: Execution,
     budget: Budget,
     verify_result: bool,
-) -> Verdict | None:
-    """Write ``plan`` under ``destination``, complete or not at all; a killed run is gone on with.
+) -> Outcome:
+    """Write ``plan`` under ``destination``, complete or not at all; a killed run is gone on with, and what
+    an earlier run of the same command published is found to be it and not written again.
 
     Args:
         verify_result: check the source's checksums first and compare the result before it is published.
@@ -70,13 +81,22 @@ def carry_out(
     """
     if verify_result:
         _verify_source(reader, checkpoint, budget)
-    staging = Staging(
-        destination,
-        _identity(plan, checkpoint, to, options),
-        overwrite=how.overwrite,
-        fsync=how.fsync,
+    kept = checkpoint.select(
+        tensor for tensor in checkpoint.tensors if tensor.label() not in plan.layout.left_out
     )
+    identity = _identity(plan, checkpoint, to, options)
     verdict = None
+    if is_published(destination, identity, overwrite=how.overwrite) and is_what_it_would_be(
+        plan, reader, destination, budget, how.meter
+    ):
+        if verify_result:
+            verdict = _verify_result(plan, destination, reader, kept, options, budget, how)
+        _refuse_changed(reader)
+        how.on_published(destination)
+        finish(destination, overwrite=how.overwrite)
+        note = f"{destination} was there already, written by this command, and is what it would be now."
+        return Outcome(verdict, (note,))
+    staging = Staging(destination, identity, overwrite=how.overwrite, fsync=how.fsync)
     try:
         staging.begin(
             reader.states(),
@@ -95,24 +115,27 @@ def carry_out(
             on_file=staging.add,
         )
         if verify_result:
-            kept = checkpoint.select(
-                tensor for tensor in checkpoint.tensors if tensor.label() not in plan.layout.left_out
-            )
             try:
                 verdict = _verify_result(plan, staging.path, reader, kept, options, budget, how)
             except CkptToolError:
                 staging.discard_all()
                 raise
-        changed = reader.changed()
-        if changed is not None:
-            raise ExecutionError(
-                f"{reader.root}/{changed} changed while it was read. Nothing was published; run the "
-                "command again once nothing writes to the source."
-            )
+        _refuse_changed(reader)
         staging.publish()
     finally:
+        if staging.published():
+            how.on_published(destination)
         staging.close()
-    return verdict
+    return Outcome(verdict)
+
+
+def _refuse_changed(reader: Reader) -> None:
+    changed = reader.changed()
+    if changed is not None:
+        raise ExecutionError(
+            f"{reader.root}/{changed} changed while it was read. Nothing was published; run the "
+            "command again once nothing writes to the source."
+        )
 
 
 def _verify_source(reader: Reader, checkpoint: Checkpoint, budget: Budget) -> None:
@@ -167,7 +190,7 @@ def _identity(plan: Plan, checkpoint: Checkpoint, to: str, options: TargetOption
     """What makes two runs the same conversion; also the head of the manifest. No paths, no times."""
     digest = xxhash.xxh3_128()
     for file in sorted(checkpoint.files):
-        digest.update(f"{file.path}\0{file.size}\0{file.fingerprint}\n".encode())
+        digest.update(_stored(file.path) + f"\0{file.size}\0{file.fingerprint}\n".encode())
     for target in plan.files:
         digest.update(f"{target.path}\0{target.size}\n".encode())
         for literal in target.literals:
@@ -178,7 +201,7 @@ def _identity(plan: Plan, checkpoint: Checkpoint, to: str, options: TargetOption
         "tool": f"ckpt-tool {__version__}",
         "source": {
             "format": checkpoint.format,
-            "name": Path(checkpoint.root).name,
+            "name": _stored(Path(checkpoint.root).name).decode(errors="surrogateescape"),
             "step": checkpoint.training.step,
             "bytes": sum(file.size for file in checkpoint.files),
             "files": len(checkpoint.files),
@@ -198,6 +221,14 @@ def _identity(plan: Plan, checkpoint: Checkpoint, to: str, options: TargetOption
     }
 
 
+def _stored(name: str) -> bytes:
+    """A file's name as it is on the disk, whatever the locale makes of it."""
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:
+        return name.encode(errors="surrogatepass")
+
+
 def check_disk(path: Path, needed: int) -> None:
     """Raises ExecutionError where ``needed`` bytes do not fit beside or in ``path``."""
     existing = next(place for place in (path, *path.parents) if place.exists())
@@ -211,7 +242,8 @@ def check_disk(path: Path, needed: int) -> None:
 
 def refuse_own_source(source: Path, destination: Path) -> None:
     """Sources are only read; UsageError where the destination is one, contains it or lies in it."""
-    resolved, root = destination.resolve(), source.resolve()
+    # Not Path.resolve, which raises RuntimeError for links that lead in a circle (Python < 3.13).
+    resolved, root = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
     if resolved == root or resolved in root.parents:
         raise UsageError(f"{destination} contains the source; it would be replaced. Choose another.")
     if root in resolved.parents:

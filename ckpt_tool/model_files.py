@@ -13,6 +13,8 @@ from ckpt_tool.commit import MANIFEST
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.families import family_of
 from ckpt_tool.formats.registry import locate
+from ckpt_tool.storage import LocalReader, is_directory, is_file
+from ckpt_tool.system_errors import reading_failed
 
 # Beside its weights, what a published model directory consists of.
 _CARRIED_OVER = re.compile(
@@ -39,17 +41,17 @@ def find_config(
     """
     if given is not None:
         path = Path(given)
-        return read_config(path), _beside(path) if path.is_dir() else {}
+        return read_config(path), _beside(path) if is_directory(path) else {}
     root = locate(source)
     for directory in (root, root.parent):
-        if (directory / "config.json").is_file():
+        if is_file(directory / "config.json"):
             return read_config(directory), _beside(directory)
     return None, {}
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
     """The ``config.json`` at ``path`` or in it; MismatchError where it has no ``model_type``."""
-    file = path / "config.json" if path.is_dir() else path
+    file = path / "config.json" if is_directory(path) else path
     config = read_json(file)
     if "model_type" not in config:
         own = (
@@ -83,12 +85,14 @@ def check_same_family(own: Mapping[str, Any] | None, given: Mapping[str, Any]) -
 def read_json(file: Path) -> Mapping[str, Any]:
     """A JSON object; UsageError where there is no file, UnreadableError where it holds something else."""
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{file} does not exist.") from None
     except IsADirectoryError:
         raise UsageError(f"{file} is a directory; pass the file.") from None
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise reading_failed(file, error) from error
+    except ValueError as error:
         raise UnreadableError(f"{file} is not readable JSON ({error}).") from error
     if not isinstance(value, dict):
         raise UnreadableError(f"{file} holds no JSON object.")
@@ -115,8 +119,8 @@ def left_behind(source: Path, carried: Mapping[str, bytes]) -> tuple[str, ...]:
     root = locate(source)
     names = [
         entry.name
-        for entry in sorted(root.iterdir())
-        if entry.is_file()
+        for entry in map(root.joinpath, LocalReader(root).list())
+        if is_file(entry)
         and not entry.name.startswith(".")
         and not entry.name.endswith(_WEIGHTS)
         and entry.name not in ("config.json", MANIFEST, *carried)
@@ -125,11 +129,13 @@ def left_behind(source: Path, carried: Mapping[str, bytes]) -> tuple[str, ...]:
 
 
 def _beside(directory: Path) -> dict[str, bytes]:
-    return {
-        entry.name: entry.read_bytes()
-        for entry in sorted(directory.iterdir())
-        if entry.is_file()
-        and _CARRIED_OVER.match(entry.name)
-        and not entry.name.endswith(_WEIGHTS)
-        and entry.stat().st_size <= _LARGEST
-    }
+    found: dict[str, bytes] = {}
+    for path in map(directory.joinpath, LocalReader(directory).list()):
+        if not _CARRIED_OVER.match(path.name) or path.name.endswith(_WEIGHTS) or not is_file(path):
+            continue
+        try:
+            if path.stat().st_size <= _LARGEST:
+                found[path.name] = path.read_bytes()
+        except OSError as error:
+            raise reading_failed(path, error) from error
+    return found

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +22,7 @@ class Progress:
         self._lock = threading.Lock()
         self._done = self._total = 0
         self._bar: Any = None
+        self._target: Path | None = None
         self._began = self._spoke = time.monotonic()
 
     def start(self, total: int) -> None:
@@ -44,12 +48,20 @@ class Progress:
         rate = self._done / max(1e-9, self._spoke - self._began)
         left = (self._total - self._done) / rate if rate else 0.0
         share = 100 * self._done / max(1, self._total)
-        print(  # noqa: T201
+        say(
             f"{self._label}: {human_bytes(self._done)} of {human_bytes(self._total)} ({share:.0f} %), "
-            f"{human_bytes(rate)}/s, {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
+            f"{human_bytes(rate)}/s, {left:.0f} s left"
         )
+
+    def published(self, target: Path) -> None:
+        """The result is there: whatever ends the command from now on, the user is told so."""
+        self._target = target
+
+    def close(self) -> None:
+        """Take the bar away."""
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.close()
 
     def __enter__(self) -> Progress:
         return self
@@ -60,9 +72,12 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if kind is KeyboardInterrupt and self._resumable:
+        self.close()
+        if kind is None or not issubclass(kind, KeyboardInterrupt | OSError):
+            return
+        if self._target is not None:
+            say(f"ckpt-tool: {self._target} is complete")
+        elif self._resumable and issubclass(kind, KeyboardInterrupt):
             say("ckpt-tool: nothing was published, and the same command goes on from here")
 
 
@@ -78,7 +93,7 @@ def human_bytes(count: float) -> str:
 def print_json(value: Any) -> None:
     import json
 
-    print(json.dumps(value, indent=2, default=str))  # noqa: T201
+    print(json.dumps(value, indent=2, default=str), flush=True)  # noqa: T201
 
 
 def print_fields(title: str, fields: list[tuple[str, str]]) -> None:
@@ -125,8 +140,18 @@ def _print_plain(title: str, lines: list[list[str]], right: set[int]) -> None:
             for number, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())  # noqa: T201
+    sys.stdout.flush()
 
 
 def say(message: str) -> None:
-    """A sentence for the user, beside the results: on stderr."""
-    print(message, file=sys.stderr, flush=True)  # noqa: T201
+    """A sentence for the user, beside the results: on stderr. No run fails because nobody can read it."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def discard_stdout() -> None:
+    """What could not be written would be tried again, and complained about, when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
+import resource
+import stat
 import threading
 import time
 from collections import OrderedDict
@@ -18,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
-from ckpt_tool.errors import ExecutionError, UnreadableError
+from ckpt_tool.errors import UnreadableError
+from ckpt_tool.system_errors import reading_failed, writing_failed
 
-_MAX_OPEN_FILES = 128
+_MOST_OPEN_FILES = 128  # of one reader
 # One write of 8 MiB was measured at several times the kernel time of eight of 1 MiB (Linux 6.18, ext4).
 _LARGEST_WRITE = 1 << 20
 _READS_AT_ONCE = 8
@@ -96,6 +98,7 @@ class LocalReader:
         self._open: OrderedDict[str, _Handle] = OrderedDict()
         self._first: dict[str, _Signature] = {}  # of every file, when it was first opened
         self._lock = threading.Lock()
+        self._most_open = _most_open_files()
 
     @property
     def root(self) -> str:
@@ -104,13 +107,13 @@ class LocalReader:
     def list(self, directory: str = "") -> list[str]:
         try:
             return sorted(os.listdir(self._root / directory))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        except NotADirectoryError:
-            return []
+        except OSError as error:
+            raise reading_failed(self._root / directory, error) from error
 
     def is_directory(self, path: str) -> bool:
-        return (self._root / path).is_dir()
+        return is_directory(self._root / path)
 
     def changed(self) -> str | None:
         for path, first in self._first.items():
@@ -128,7 +131,10 @@ class LocalReader:
 
     def size(self, path: str) -> int:
         with self._handle(path) as fd:
-            return os.fstat(fd).st_size
+            try:
+                return os.fstat(fd).st_size
+            except OSError as error:
+                raise reading_failed(self._root / path, error) from error
 
     def read(self, path: str, offset: int, length: int) -> bytes:
         buffer = bytearray(length)
@@ -142,7 +148,7 @@ class LocalReader:
                 try:
                     count = os.preadv(fd, [buffer[done:]], offset + done)
                 except OSError as error:
-                    raise ExecutionError(f"{self._root / path}: reading failed: {error}") from error
+                    raise reading_failed(self._root / path, error) from error
                 if count == 0:
                     raise UnreadableError(
                         f"{self._root / path} is truncated: bytes {offset} to {offset + len(buffer)} "
@@ -162,17 +168,42 @@ class LocalReader:
         with self._lock:
             handle = self._open.pop(path, None)
             if handle is None:
-                handle = _Handle(_open_for_reading(self._root / path))
-                self._first.setdefault(path, _signature(os.fstat(handle.fd)))
+                handle = self._opened(path)
             self._open[path] = handle
             handle.acquire()
-            if len(self._open) > _MAX_OPEN_FILES:
+            if len(self._open) > self._most_open:
                 self._open.popitem(last=False)[1].release()
         try:
             yield handle.fd
         finally:
             with self._lock:
                 handle.release()
+
+    def _opened(self, path: str) -> _Handle:
+        """Open a file; where the process may open no more, at the cost of those that are not in use."""
+        while True:
+            try:
+                handle = _Handle(os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC))
+                break
+            except OSError as error:
+                idle = next((name for name, other in self._open.items() if other.idle()), None)
+                if error.errno != errno.EMFILE or idle is None:
+                    raise reading_failed(self._root / path, error) from error
+                self._open.pop(idle).release()
+        try:
+            self._first.setdefault(path, _signature(os.fstat(handle.fd)))
+        except OSError as error:
+            handle.release()
+            raise reading_failed(self._root / path, error) from error
+        return handle
+
+
+def _most_open_files() -> int:
+    """An eighth of what the process may have open: there are several readers, writers and the libraries."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY:
+        return _MOST_OPEN_FILES
+    return max(2, min(_MOST_OPEN_FILES, allowed // 8))
 
 
 class _Handle:
@@ -185,10 +216,15 @@ class _Handle:
     def acquire(self) -> None:
         self._users += 1
 
+    def idle(self) -> bool:
+        """Whether only the cache holds it."""
+        return self._users == 1
+
     def release(self) -> None:
         self._users -= 1
         if self._users == 0:
-            os.close(self.fd)
+            with contextlib.suppress(OSError):  # what was read was read
+                os.close(self.fd)
 
 
 class _Signature(NamedTuple):
@@ -213,15 +249,24 @@ def _written(before: _Signature, now: _Signature) -> bool:
     return now.changed != before.changed and now.beside == before.beside
 
 
-def _open_for_reading(path: Path) -> int:
+def is_directory(path: Path) -> bool:
+    """Whether there is a directory; raises CkptToolError where the system does not tell."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file; raises CkptToolError where the system does not tell."""
+    return stat.S_ISREG(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    """What ``stat`` says of a path; 0 where there is nothing."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise UnreadableError(
-            f"{path} is missing. Copy it from where the checkpoint was saved, all of its files together."
-        ) from error
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
     except OSError as error:
-        raise UnreadableError(f"{path} cannot be opened: {error.strerror}.") from error
+        raise reading_failed(path, error) from error
 
 
 class LocalWriter:
@@ -242,7 +287,7 @@ class LocalWriter:
                 self._open[path] = fd
             os.ftruncate(fd, size)
         except OSError as error:
-            raise self._failure(path, error) from error
+            raise writing_failed(target, error) from error
 
     def write(self, path: str, offset: int, data: memoryview | bytes) -> None:
         fd = self._open[path]
@@ -252,41 +297,30 @@ class LocalWriter:
             try:
                 done += os.pwrite(fd, view[done : done + _LARGEST_WRITE], offset + done)
             except OSError as error:
-                raise self._failure(path, error) from error
+                raise writing_failed(self._root / path, error) from error
 
     def finish(self, path: str) -> None:
         with self._lock:
             fd = self._open.pop(path)
         try:
-            if self._fsync:
-                os.fsync(fd)
+            try:
+                if self._fsync:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)  # network file systems tell of some failed writes only now
         except OSError as error:
-            raise self._failure(path, error) from error
-        finally:
-            os.close(fd)
+            raise writing_failed(self._root / path, error) from error
 
     def close(self) -> None:
         """Let go of all files; those that were not finished are removed."""
         with self._lock:
             unfinished, self._open = self._open, {}
         for path, fd in unfinished.items():
-            os.close(fd)
-            (self._root / path).unlink(missing_ok=True)
-
-    def _failure(self, path: str, error: OSError) -> ExecutionError:
-        return writing_failed(self._root / path, error)
-
-
-def writing_failed(path: Path, error: OSError) -> ExecutionError:
-    """What to tell the user of a file, or a name, that could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        existing = next(parent for parent in path.absolute().parents if parent.exists())
-        free = shutil.disk_usage(existing).free
-        return ExecutionError(
-            f"{path}: the disk is full ({free} bytes free). Nothing was published; "
-            "free some space, or choose another destination, and run the command again."
-        )
-    return ExecutionError(f"{path}: writing failed: {error}")
+            # Whatever fails here, the files are listed as complete nowhere.
+            with contextlib.suppress(OSError):
+                os.close(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(self._root / path)
 
 
 def read_each(one: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -308,8 +342,12 @@ def read_each(one: Callable[[Item], Result], items: Iterable[Item]) -> list[Resu
 
 def sync_directory(path: str | os.PathLike[str]) -> None:
     """Make the names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that cannot sync a directory
+            raise writing_failed(path, error) from error

@@ -338,7 +338,7 @@ def test_a_disk_that_is_full_for_our_own_records_is_told_as_such(
             raise full
         return original(descriptor, data)
 
-    def write_text(path: Path, text: str) -> int:
+    def write_text(path: Path, text: str, encoding: str) -> int:
         raise full
 
     with monkeypatch.context() as patch:
@@ -357,7 +357,7 @@ def test_a_second_run_never_takes_over_a_run_that_publishes(source: Path, tmp_pa
     staging = commit.Staging(tmp_path / "out", {"parameters": {}}, overwrite=False, fsync=False)
     seen: list[bool] = []
 
-    def walk(*args: object) -> object:
+    def walk(*args: object, **how: object) -> object:
         with pytest.raises(UsageError, match="in use"):
             commit.Staging(tmp_path / "out", {"parameters": {}}, overwrite=False, fsync=False)
         seen.append(True)

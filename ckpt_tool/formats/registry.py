@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from ckpt_tool.formats.deepspeed.writing.universal import Universal
 from ckpt_tool.formats.deepspeed.writing.zero3_target import Zero3Target
 from ckpt_tool.formats.deepspeed.writing.zero12_target import Zero12Target
 from ckpt_tool.formats.hf import HuggingFace
-from ckpt_tool.storage import LocalReader, Reader
+from ckpt_tool.storage import LocalReader, Reader, is_directory, is_file
+from ckpt_tool.system_errors import reading_failed
 from ckpt_tool.wrappers import unwrapped_checkpoint
 
 # In order of detection: a Universal directory also has a stage-3 model file.
@@ -40,14 +42,14 @@ def locate(path: Path) -> Path:
     Raises:
         UnreadableError: there is nothing at the path, or its tag file names a missing directory.
     """
-    if path.is_file():
+    if is_file(path):
         if path.name in _TAG_FILES:
             return _tagged(path)
         return path.parent
-    if not path.is_dir():
+    if not is_directory(path):
         raise UnreadableError(f"{path} does not exist.")
     for tag_file in _TAG_FILES:
-        if (path / tag_file).is_file():
+        if is_file(path / tag_file):
             return _tagged(path / tag_file)
     return _newest_step(path) or path
 
@@ -56,16 +58,21 @@ def _newest_step(path: Path) -> Path | None:
     """torchtitan has no tag file: its steps are ``step-<N>``, and a finished one has its metadata."""
     steps = {
         int(entry.name.removeprefix("step-")): entry
-        for entry in path.glob("step-*")
-        if entry.name.removeprefix("step-").isdecimal() and (entry / ".metadata").is_file()
+        for entry in map(path.joinpath, LocalReader(path).list())
+        if entry.name.startswith("step-")
+        and entry.name.removeprefix("step-").isdecimal()
+        and is_file(entry / ".metadata")
     }
     return steps[max(steps)] if steps else None
 
 
 def _tagged(tag_file: Path) -> Path:
-    tag = tag_file.read_text(errors="replace").strip()
+    try:
+        tag = os.fsdecode(tag_file.read_bytes()).strip()
+    except OSError as error:
+        raise reading_failed(tag_file, error) from error
     directory = tag_file.parent / tag
-    if not tag or not directory.is_dir():
+    if not tag or not is_directory(directory):
         raise UnreadableError(
             f"{tag_file} names {tag!r}, but there is no such directory beside it. Pass the directory of "
             "the step you want."
@@ -89,6 +96,9 @@ def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
         if candidate.recognises(reader):
             try:
                 return reader, unwrapped_checkpoint(candidate.read(reader))
+            except UnicodeEncodeError:  # a name that the locale cannot express
+                reader.close()
+                raise
             except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
                 # whatever a reader did not foresee in damaged metadata
                 reader.close()

@@ -1,0 +1,91 @@
+"""A result that an earlier run of the same command published, perhaps without tidying up after itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckpt_tool.commit import JOURNAL, lock, occupied, read_manifest, replaced, tidy
+from ckpt_tool.errors import UnreadableError
+from ckpt_tool.execute.budget import Budget
+from ckpt_tool.execute.local import execute
+from ckpt_tool.execute.meter import Meter, Silent
+from ckpt_tool.integrity import check_files
+from ckpt_tool.plan import Plan
+from ckpt_tool.storage import LocalReader, Reader, is_directory, is_file
+from ckpt_tool.written import WrittenFile
+
+
+def is_published(target: Path, identity: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Whether what is at ``target`` was published by a run of the same command.
+
+    With ``overwrite`` a result that is complete is made again, as asked; one that was not tidied up yet is
+    what the command made itself.
+    """
+    if not occupied(target) or not is_directory(target):
+        return False
+    if overwrite and not (is_file(target / JOURNAL) or is_directory(replaced(target))):
+        return False
+    try:
+        manifest = read_manifest(target)
+    except UnreadableError:
+        return False
+    own = json.loads(json.dumps(identity))
+    return manifest is not None and all(manifest.identity.get(key) == own[key] for key in own)
+
+
+def is_what_it_would_be(plan: Plan, source: Reader, target: Path, budget: Budget, meter: Meter) -> bool:
+    """Whether the result holds, byte for byte, what the source would give now.
+
+    The identity of a command knows the headers of the source's files only. So all of the source is read
+    and checksummed as if it were written, and the result is checked against the same checksums.
+    """
+    manifest = read_manifest(target)
+    if manifest is None:
+        return False
+    written: list[WrittenFile] = []
+    meter.start(plan.bytes_written)
+    execute(plan, source, _Nowhere(), budget, meter=meter, skip=lambda _: False, on_file=written.append)
+    if sorted(written) != sorted(manifest.files):
+        return False
+    reader = LocalReader(target)
+    try:
+        return check_files(manifest, reader, budget, meter=Silent()).passed
+    finally:
+        reader.close()
+
+
+def finish(target: Path, *, overwrite: bool) -> None:
+    """Tidy up after a run that was stopped in it; UsageError where it still runs."""
+    try:
+        journal = os.open(target / JOURNAL, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if overwrite:
+            tidy(target)
+        return
+    try:
+        lock(journal, target)
+        tidy(target)
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(journal)
+
+
+class _Nowhere:
+    """A writer for what is only checksummed."""
+
+    def create(self, path: str, size: int) -> None:
+        pass
+
+    def write(self, path: str, offset: int, data: memoryview | bytes) -> None:
+        pass
+
+    def finish(self, path: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

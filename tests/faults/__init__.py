@@ -1,0 +1,1 @@
+"""What machines do to programs: refuse, fail, fill up, interrupt and kill."""
