@@ -137,7 +137,11 @@ class LocalReader:
                 raise reading_failed(self._root / path, error) from error
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        buffer = bytearray(length)
+        with self._handle(path) as fd, contextlib.suppress(OSError):
+            data = os.pread(fd, length, offset)
+            if len(data) == length:
+                return data
+        buffer = bytearray(length)  # in several parts, or to tell why not
         self.read_into(path, offset, memoryview(buffer))
         return bytes(buffer)
 

@@ -351,11 +351,9 @@ class Alike:
             except ValueError:  # of another protocol
                 return value
             self._templates.insert(0, _Template(data, value, self._extra, tokens))
-            held = 0
-            for kept, template in enumerate(self._templates[:_MOST_TEMPLATES]):
-                held += len(template.data)
-                if kept and held > _MOST_TEMPLATE_BYTES:
-                    break
-                most = kept + 1
-            del self._templates[most:]
+            while len(self._templates) > 1 and (
+                len(self._templates) > _MOST_TEMPLATES
+                or sum(len(template.data) for template in self._templates) > _MOST_TEMPLATE_BYTES
+            ):
+                self._templates.pop()
             return value

@@ -7,12 +7,10 @@ compression, records padded so that data is aligned.
 from __future__ import annotations
 
 import binascii
-import io
 import struct
-import zipfile
 from bisect import bisect_right
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 import xxhash
 
@@ -23,35 +21,26 @@ from ckpt_tool.storage import Reader
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _CHUNK = 1 << 20
 _SAMPLE = 4096
-_END = struct.Struct("<4s4H2IH")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_END, _END_MARK = struct.Struct("<4s4H2IH"), b"PK\x05\x06"
+_END64 = struct.Struct("<4sQ2H2I4Q")
+_LOCATOR = 20  # bytes that say where the second end is, which large archives have
+_TAIL = _END.size + _LOCATOR + _END64.size
+_FAR = 1 << 16  # where an end is looked for that is not at the end
+_SATURATED = 0xFFFFFFFF
 _FIELD = 4  # bytes before an extra field's content: its kind and length
+_ZIP64_FIELD = 20  # bytes of the extra field that comes first where the sizes need 8 bytes each
 
 
-class _FileView(io.RawIOBase):
-    """A seekable view of a range of a stored file for the zip module."""
+class Record(NamedTuple):
+    """What the directory says of a record; ``stated`` is its name as it stands there."""
 
-    def __init__(self, reader: Reader, path: str, base: int, size: int) -> None:
-        self._reader, self._path, self._base, self._size, self._position = reader, path, base, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base = {0: 0, 1: self._position, 2: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._size - self._position))
-        self._reader.read_into(self._path, self._base + self._position, memoryview(buffer)[:count])
-        self._position += count
-        return count
+    stated: bytes
+    compress_type: int
+    CRC: int
+    compress_size: int
+    file_size: int
+    header_offset: int
 
 
 class StoredZip:
@@ -74,39 +63,64 @@ class StoredZip:
                 f"{self.where}: {self.size} bytes should lie here, the file has {held}: truncated while "
                 "copying or saving."
             )
-        try:
-            view = _FileView(reader, path, offset, self.size)
-            archive = zipfile.ZipFile(io.BufferedReader(view, 4096))
-        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise UnreadableError(
-                f"{self.where} is not a complete torch archive ({error}): truncated while copying or "
-                "saving, or another kind of file. Copy it again from where it was saved."
-            ) from error
-        self.records: Mapping[str, zipfile.ZipInfo] = {
-            info.filename.split("/", 1)[-1]: info for info in archive.infolist()
-        }
-        directory = reader.read(path, offset + archive.start_dir, self.size - archive.start_dir)
-        self._starts = sorted(info.header_offset for info in archive.infolist())
-        self._directory_at = archive.start_dir
-        self._check_bounds(directory, len(archive.infolist()))
+        directory = self._read_directory()
+        self._starts = sorted(record.header_offset for record in self.records.values())
+        self._check_bounds()
         self.source = SourceFile(path, self.size, self._fingerprint(directory), ((offset, self.size),))
         for name, info in self.records.items():
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            if info.compress_type or info.file_size != info.compress_size:
                 raise UnreadableError(f"{self.where}: record {name} is compressed; torch stores.")
 
-    def _check_bounds(self, directory: bytes, count: int) -> None:
-        """The zip module takes the last archive of several, and skips what precedes or follows it."""
-        end = directory[-_END.size :]
-        ends = len(end) == _END.size and end[:4] == b"PK\x05\x06" and end[-2:] == b"\0\0"
-        last = self._directory_at - LOCAL_HEADER.size
-        within = self._starts[:1] == [0] and self._starts[-1] <= last
-        if not ends or not within or count != len(self.records):
-            raise UnreadableError(
-                f"{self.where}: {self.size} bytes from here on are not exactly one torch archive: its "
-                "first record does not begin there, it does not end there, a record lies outside, or "
-                "two records have one name. The file or what says where its parts lie is damaged; copy it "
-                "again from where it was saved."
-            )
+    def _read_directory(self) -> bytes:
+        """The directory and the end that follows it; its entries become ``records``."""
+        tail = self._read(max(0, self.size - _TAIL), min(_TAIL, self.size))
+        end = tail[-_END.size :]
+        if len(end) < _END.size or end[:4] != _END_MARK or end[-2:] != b"\0\0":
+            if _END_MARK in self._read(max(0, self.size - _FAR), min(_FAR, self.size)):
+                raise self._not_one_archive()
+            raise self._incomplete("no end of a zip archive")
+        _, _, _, _, count, length, start, _ = _END.unpack(end)
+        after = self.size - _END.size
+        if tail[-_END.size - _LOCATOR : -_END.size - _LOCATOR + 4] == b"PK\x06\x07":
+            after -= _LOCATOR + _END64.size
+            large = tail[-_END.size - _LOCATOR - _END64.size :][: _END64.size]
+            if len(large) < _END64.size or large[:4] != b"PK\x06\x06":
+                raise self._incomplete("its second end is missing")
+            *_, count, length, start = _END64.unpack(large)
+        if start + length != after:
+            raise self._not_one_archive()
+        from_end = self.size - start
+        directory = tail[-from_end:] if from_end <= len(tail) else self._read(start, from_end)
+        try:
+            entries = _entries(directory, length)
+        except (struct.error, ValueError) as error:
+            raise self._incomplete(str(error)) from error
+        self.records: Mapping[str, Record] = dict(entries)
+        self._directory_at = start
+        if not len(entries) == len(self.records) == count:
+            raise self._not_one_archive()
+        return directory
+
+    def _read(self, start: int, length: int) -> bytes:
+        return self._reader.read(self.path, self._base + start, length)
+
+    def _incomplete(self, reason: str) -> UnreadableError:
+        return UnreadableError(
+            f"{self.where} is not a complete torch archive ({reason}): truncated while copying or "
+            "saving, or another kind of file. Copy it again from where it was saved."
+        )
+
+    def _not_one_archive(self) -> UnreadableError:
+        return UnreadableError(
+            f"{self.where}: {self.size} bytes from here on are not exactly one torch archive: its "
+            "first record does not begin there, it does not end there, a record lies outside, or "
+            "two records have one name. The file or what says where its parts lie is damaged; copy it "
+            "again from where it was saved."
+        )
+
+    def _check_bounds(self) -> None:
+        if self._starts[:1] != [0] or self._starts[-1] > self._directory_at - LOCAL_HEADER.size:
+            raise self._not_one_archive()
 
     def _fingerprint(self, directory: bytes) -> str:
         """Of the directory, and where it states no CRCs of the first bytes of every record."""
@@ -117,7 +131,7 @@ class StoredZip:
                 digest.update(self._reader.read(self.path, self.record_offset(name), length))
         return digest.hexdigest()
 
-    def info(self, name: str) -> zipfile.ZipInfo:
+    def info(self, name: str) -> Record:
         """What the directory says of a record."""
         try:
             return self.records[name]
@@ -133,8 +147,9 @@ class StoredZip:
     def record_offset(self, name: str) -> int:
         """Where a record's data begins in the file; its local header alone knows the padding."""
         info = self.info(name)
-        stated = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
-        room = min(LOCAL_HEADER.size + len(stated) + _FIELD, self.size - info.header_offset)
+        stated = info.stated
+        large = _ZIP64_FIELD if info.file_size >= _SATURATED else 0
+        room = min(LOCAL_HEADER.size + len(stated) + large + _FIELD, self.size - info.header_offset)
         header = self._reader.read(self.path, self._base + info.header_offset, room)
         signature, *_, name_length, extra_length = LOCAL_HEADER.unpack_from(header)
         fields = LOCAL_HEADER.size + name_length
@@ -151,10 +166,10 @@ class StoredZip:
             )
         return self._base + int(start)
 
-    def _extra(self, info: zipfile.ZipInfo, begun: bytes, start: int, length: int) -> bytes:
-        """The extra fields of a local header; of torch's padding, which mostly is the only one, what was
-        read with the header."""
-        if length < _FIELD or begun[:2] == b"FB":
+    def _extra(self, info: Record, begun: bytes, start: int, length: int) -> bytes:
+        """The extra fields of a local header; of torch's padding, which mostly is the only or the last one,
+        what was read with the header."""
+        if length < _FIELD or b"FB" in (begun[:2], begun[_ZIP64_FIELD : _ZIP64_FIELD + 2]):
             return begun[:length]
         return self._reader.read(self.path, self._base + info.header_offset + start, length)
 
@@ -176,6 +191,49 @@ class StoredZip:
             length = min(_CHUNK, info.file_size - low)
             crc = binascii.crc32(self._reader.read(self.path, start + low, length), crc)
         return crc
+
+
+def _entries(directory: bytes, length: int) -> list[tuple[str, Record]]:
+    """The records, by their names without the top folder, of a directory of ``length`` bytes.
+
+    Raises:
+        ValueError, struct.error: it is no directory of a zip archive.
+    """
+    found = []
+    at = 0
+    while at < length:
+        (
+            mark, _, _, flags, kind, _, _, crc, packed, size, named, extra, comment, _, _, _, start,
+        ) = _CENTRAL.unpack_from(directory, at)  # fmt: skip
+        at += _CENTRAL.size
+        if mark != b"PK\x01\x02":
+            raise ValueError("its directory is damaged")
+        stated = directory[at : at + named]
+        at += named + extra + comment
+        if at > length:
+            raise ValueError("its directory is cut off")
+        if extra and _SATURATED in (packed, size, start):
+            fields = directory[at - extra - comment : at - comment]
+            size, packed, start = _large(fields, size, packed, start)
+        name = stated.decode("utf-8" if flags & 0x800 else "cp437")
+        found.append((name.split("/", 1)[-1], Record(stated, kind, crc, packed, size, start)))
+    return found
+
+
+def _large(extra: bytes, *numbers: int) -> list[int]:
+    """The numbers of an entry, those that have no room there from its extra field of kind 1 (zip64)."""
+    at = 0
+    while at + _FIELD <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, at)
+        at += _FIELD
+        if kind == 1:
+            held = iter(struct.unpack_from(f"<{length // 8}Q", extra, at))
+            found = [next(held, -1) if number == _SATURATED else number for number in numbers]
+            if -1 in found:
+                raise ValueError("a size or place in its directory is missing")
+            return found
+        at += length
+    return list(numbers)
 
 
 def _tiled(extra: bytes, length: int) -> bool:

@@ -267,6 +267,10 @@ def test_reading_touches_no_tensor_data(name: str) -> None:
             super().__init__(root)
             self.ranges: list[tuple[str, int, int]] = []
 
+        def read(self, path: str, offset: int, length: int) -> bytes:
+            self.ranges.append((path, offset, offset + length))
+            return super().read(path, offset, length)
+
         def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
             self.ranges.append((path, offset, offset + len(buffer)))
             super().read_into(path, offset, buffer)

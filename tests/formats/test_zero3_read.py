@@ -162,6 +162,10 @@ class CountingReader(LocalReader):
         super().__init__(root)
         self.counts: dict[str, int] = {}
 
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        self.counts[path] = self.counts.get(path, 0) + length
+        return super().read(path, offset, length)
+
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         self.counts[path] = self.counts.get(path, 0) + len(buffer)
         super().read_into(path, offset, buffer)

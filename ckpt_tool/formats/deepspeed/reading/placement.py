@@ -12,18 +12,28 @@ from ckpt_tool.formats.deepspeed.reading.rank_files import RankFiles
 
 
 class Place(NamedTuple):
-    """Where a parameter lies in a rank's flat buffers: ``within`` elements into those of ``sub_group``,
-    as ``partition`` of ``cut_over``. ``shape`` is its full shape (for experts: that of the EP rank)."""
+    """Where a parameter lies in the flat buffers of the ranks that hold a part of it: ``within`` elements
+    into those of ``sub_group``, cut over ``cut_over`` ranks. ``shape`` is its full shape (for experts: that
+    of the EP rank)."""
 
     sub_group: int
     within: int
     cut_over: int
-    partition: int
     shape: tuple[int, ...]
 
 
+class Group(NamedTuple):
+    """Ranks that share tensors, in the order of their partitions, and their optimizer files.
+    ``kinds`` are the first of each kind of ranks: those that say the same of all their buffers."""
+
+    ranks: tuple[int, ...]
+    files: tuple[str, ...]
+    kinds: tuple[int, ...]
+
+
 class Placement:
-    """``places[r]`` maps each parameter that rank r holds a part of to its place there.
+    """``places[r]`` maps each parameter that rank r holds a part of to its place there, which ranks that
+    place everything alike have in common; ``partitions[r]`` are the numbers of its parts, by sub-group.
 
     Raises:
         MismatchError: shapes, partitions and buffers do not fit together, or ranks disagree.
@@ -33,21 +43,53 @@ class Placement:
     def __init__(self, root: str, ranks: list[RankFiles], autoep: AutoEP) -> None:
         self._root, self._ranks, self._autoep = root, ranks, autoep
         self._first, self._world = ranks[0], len(ranks)
-        self.places = [self._place(files) for files in ranks]
+        self._known: dict[tuple[int, int, tuple[int, ...]], dict[str, Place]] = {}
+        self._groups: dict[tuple[int, ...], Group] = {}
+        self._sub_groups: dict[int, list[tuple[bool, str]]] = {}
+        self.places: list[dict[str, Place]] = []
+        self.partitions: list[tuple[int, ...]] = []
+        for files in ranks:
+            cuts = [self._partition(files, index) for index in range(len(files.shapes))]
+            self.places.append(self._placed(files, tuple(count for count, _ in cuts)))
+            self.partitions.append(tuple(own for _, own in cuts))
         self._check_same_names()
+
+    def group(self, ranks: tuple[int, ...]) -> Group:
+        """Ranks that share tensors, by their partitions of them."""
+        if ranks not in self._groups:
+            kinds: dict[tuple[int, int, int], int] = {}
+            for rank in ranks:
+                files = self._ranks[rank]
+                kinds.setdefault((id(self.places[rank]), id(files.states), id(files.scalars)), rank)
+            names = tuple(self._ranks[rank].optim_file for rank in ranks)
+            self._groups[ranks] = Group(ranks, names, tuple(kinds.values()))
+        return self._groups[ranks]
+
+    def partition(self, rank: int, name: str) -> int:
+        """A rank's part of a parameter, among those it is cut into."""
+        return self.partitions[rank][self.places[rank][name].sub_group]
+
+    def kinds(self) -> list[int]:
+        """The first of all ranks that place everything alike, for each way to place it."""
+        return list({id(places): rank for rank, places in reversed(list(enumerate(self.places)))}.values())
 
     def _where(self, files: RankFiles) -> str:
         return f"{self._root}/{files.model_file}"
 
-    def _place(self, files: RankFiles) -> dict[str, Place]:
+    def _placed(self, files: RankFiles, counts: tuple[int, ...]) -> dict[str, Place]:
+        key = (id(files.shapes), id(files.states), counts)
+        if key not in self._known:
+            self._known[key] = self._place(files, counts)
+        return self._known[key]
+
+    def _place(self, files: RankFiles, counts: tuple[int, ...]) -> dict[str, Place]:
         places: dict[str, Place] = {}
-        for index, group in enumerate(files.shapes):
-            count, own = self._partition(files, index)
+        for index, (group, count) in enumerate(zip(files.shapes, counts, strict=True)):
             within = 0
             for name, shape in group:
                 if name in places:
                     raise UnreadableError(f"{self._where(files)}: {name} is in two sub-groups.")
-                places[name] = Place(index, within, count, own, shape)
+                places[name] = Place(index, within, count, shape)
                 within += partition_size(math.prod(shape), count)
             for state, flat in files.states[index].items():
                 if flat.numel != within:
@@ -58,17 +100,29 @@ class Placement:
                     )
         return places
 
+    def _sub_group(self, files: RankFiles, index: int) -> tuple[bool, str]:
+        """Whether a sub-group is one of experts, and its first parameter."""
+        key = id(files.shapes)
+        if key not in self._sub_groups:
+            found = []
+            for number, group in enumerate(files.shapes):
+                expert = [name in self._autoep.experts for name, _ in group]
+                if any(expert) != all(expert):
+                    raise UnreadableError(
+                        f"{self._root}/{files.optim_file}: sub-group {number} mixes experts and dense "
+                        "parameters."
+                    )
+                found.append((bool(expert) and expert[0], group[0][0] if group else ""))
+            self._sub_groups[key] = found
+        return self._sub_groups[key][index]
+
     def _partition(self, files: RankFiles, index: int) -> tuple[int, int]:
         """(number of ranks a sub-group is cut over, this rank's place among them)."""
         where = f"{self._root}/{files.optim_file}"
-        names = [name for name, _ in files.shapes[index]]
-        expert = [name in self._autoep.experts for name in names]
-        if any(expert) != all(expert):
-            raise UnreadableError(f"{where}: sub-group {index} mixes experts and dense parameters.")
-        is_expert = bool(expert) and expert[0]
+        is_expert, name = self._sub_group(files, index)
         expected: int = self._world
         if is_expert:
-            entry = self._autoep.entry_of(files, names[0])
+            entry = self._autoep.entry_of(files, name)
             expected = self._world // max(1, entry["ep_size"])
             if expected * entry["ep_size"] != self._world or (
                 entry["expert_data_parallel_world_size"] != expected
@@ -92,7 +146,7 @@ class Placement:
                 raise UnreadableError(f"{where}: ds_zero_partition_groups lacks sub-group {index}.")
             group = files.partition_groups[index]
             count, own = group.get("partition_count"), group.get("partition_rank")
-            members = list(group.get("partition_ranks") or range(self._world))
+            members = group.get("partition_ranks") or range(self._world)
             if not isinstance(own, int) or not 0 <= own < len(members) or members[own] != files.rank:
                 raise MismatchError(
                     f"{where}: sub-group {index} lists partition_rank {own} of ranks {members}, which "
@@ -114,38 +168,41 @@ class Placement:
     def _check_same_names(self) -> None:
         """Dense parameters are on all ranks; an EP rank without experts lists none of theirs."""
         names = self.places[0].keys() - self._autoep.experts.keys()
-        for files, places in zip(self._ranks, self.places, strict=True):
-            differing = sorted((places.keys() - self._autoep.experts.keys()) ^ names)
+        for rank in self.kinds():
+            differing = sorted((self.places[rank].keys() - self._autoep.experts.keys()) ^ names)
             if differing:
                 raise MismatchError(
-                    f"{self._where(files)} and {self._first.model_file} list different parameters: "
-                    f"{differing[:5]}. They are not of the same save; copy the checkpoint again."
+                    f"{self._where(self._ranks[rank])} and {self._first.model_file} list different "
+                    f"parameters: {differing[:5]}. They are not of the same save; copy the checkpoint "
+                    "again."
                 )
 
-    def check_same_slot(self, rank: int, first: int, name: str) -> None:
+    def check_same_slot(self, group: Group, name: str) -> None:
         """Ranks of a partition group lay out their flat buffers alike, and are at the same step."""
-        ours, theirs = self.places[first][name], self.places[rank].get(name)
-        files, other = self._ranks[rank], self._ranks[first]
-        if theirs is None or theirs._replace(partition=ours.partition) != ours:
-            raise MismatchError(
-                f"{self._where(files)} and {other.model_file} place {name} differently: "
-                f"{theirs} and {ours}. They are not of the same save."
-            )
-        index = ours.sub_group
-        mine, their = files.states[index], other.states[index]
-        if {key: flat.dtype for key, flat in mine.items()} != {
-            key: flat.dtype for key, flat in their.items()
-        }:
-            raise MismatchError(
-                f"{self._root}/{files.optim_file} has states {sorted(mine)} for sub-group "
-                f"{index}, {other.optim_file} has {sorted(their)}."
-            )
-        if files.scalars[index] != other.scalars[index]:
-            raise MismatchError(
-                f"{self._root}/{files.optim_file} is at {_scalars(files, index)}, "
-                f"{other.optim_file} at {_scalars(other, index)}, for the same parameters. The "
-                "directory mixes files of different saves; copy this checkpoint again from its origin."
-            )
+        first, *others = group.kinds
+        ours, other = self.places[first][name], self._ranks[first]
+        for rank in others:
+            theirs, files = self.places[rank].get(name), self._ranks[rank]
+            if theirs != ours:
+                raise MismatchError(
+                    f"{self._where(files)} and {other.model_file} place {name} differently: "
+                    f"{theirs} and {ours}. They are not of the same save."
+                )
+            index = ours.sub_group
+            mine, their = files.states[index], other.states[index]
+            if {key: flat.dtype for key, flat in mine.items()} != {
+                key: flat.dtype for key, flat in their.items()
+            }:
+                raise MismatchError(
+                    f"{self._root}/{files.optim_file} has states {sorted(mine)} for sub-group "
+                    f"{index}, {other.optim_file} has {sorted(their)}."
+                )
+            if files.scalars[index] != other.scalars[index]:
+                raise MismatchError(
+                    f"{self._root}/{files.optim_file} is at {_scalars(files, index)}, "
+                    f"{other.optim_file} at {_scalars(other, index)}, for the same parameters. The "
+                    "directory mixes files of different saves; copy this checkpoint again from its origin."
+                )
 
 
 def _scalars(files: RankFiles, index: int) -> str:

@@ -33,7 +33,7 @@ from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.partition import PartitionRegions, consecutive, partition_size
 from ckpt_tool.formats.deepspeed.facts.topology import Ranks
 from ckpt_tool.formats.deepspeed.reading.autoep import AutoEP
-from ckpt_tool.formats.deepspeed.reading.placement import Placement
+from ckpt_tool.formats.deepspeed.reading.placement import Group, Placement
 from ckpt_tool.formats.deepspeed.reading.rank_files import RankFiles
 from ckpt_tool.formats.deepspeed.reading.rank_reading import file_names, read_ranks
 from ckpt_tool.geometry import Cut, CutRegions
@@ -82,7 +82,9 @@ def _check_ranks_agree(reader: Reader, ranks: list[RankFiles]) -> None:
             )
         if files.frozen_shapes != first.frozen_shapes and not _empty_experts(files, first):
             raise MismatchError(f"{where} lists other frozen parameters than {first.model_file}.")
-        if set(files.module_names) != set(first.module_names):
+        if files.module_names is not first.module_names and (
+            set(files.module_names) != set(first.module_names)
+        ):
             differing = sorted(set(files.module_names) ^ set(first.module_names))[:5]
             raise MismatchError(f"{where} and {first.model_file} describe different models: {differing}.")
         if files.optimizer_digest != first.optimizer_digest:
@@ -122,10 +124,14 @@ class _Catalogue:
         self._reader, self._ranks, self._first = reader, ranks, ranks[0]
         self._world = len(ranks)
         self._autoep = AutoEP(reader.root, ranks)
-        self._bases: dict[tuple[int, str, tuple[int, ...]], array[int]] = {}
+        self._bases: dict[tuple[int, str, int], array[int]] = {}
         self._placement = Placement(reader.root, ranks, self._autoep)
         self._places = self._placement.places
+        self._everyone = self._placement.group(tuple(range(self._world)))
         self._scalars: dict[tuple[TensorName, str], Scalar] = {}
+        self._model_files = tuple(files.model_file for files in ranks)
+        # the first of all ranks that say the same of their frozen parameters, for each thing said
+        self._frozen_kinds = list({id(files.frozen): files for files in reversed(ranks)}.values())[::-1]
 
     def _where(self, files: RankFiles) -> str:
         return f"{self._reader.root}/{files.model_file}"
@@ -206,7 +212,8 @@ class _Catalogue:
                     target
                 ):
                     aliases[name] = target
-        unknown = [name for name in self._first.module_names if name not in named | set(aliases)]
+        known = named | set(aliases)
+        unknown = [name for name in self._first.module_names if name not in known]
         if unknown:
             raise UnreadableError(
                 f"{self._where(self._first)}: 'module' names {unknown[:5]} ({len(unknown)} in all), of "
@@ -216,7 +223,8 @@ class _Catalogue:
 
     def _dense_tensors(self, name: str) -> Iterable[Tensor]:
         shape = self._places[0][name].shape
-        for files, places in zip(self._ranks, self._places, strict=True):
+        for rank in self._placement.kinds():
+            files, places = self._ranks[rank], self._places[rank]
             if name not in places or places[name].shape != shape:
                 found = list(places[name].shape) if name in places else "none"
                 raise MismatchError(
@@ -225,35 +233,33 @@ class _Catalogue:
                     "whose experts were split before ZeRO-3 wrapped it saves a different share of them "
                     "on every rank, and most are lost: such a checkpoint cannot be repaired.)"
                 )
-        yield from self._states(name, shape, range(self._world), name, Role.PARAMETER)
+        yield from self._states(name, shape, self._everyone, name, Role.PARAMETER)
 
     def _states(
-        self, name: str, shape: tuple[int, ...], group: Sequence[int], key: TensorName, role: Role
+        self, name: str, shape: tuple[int, ...], group: Group, key: TensorName, role: Role
     ) -> Iterable[Tensor]:
-        """One tensor per state of a parameter cut over the ranks ``group``, in partition order."""
-        place = self._places[group[0]][name]
+        """One tensor per state of a parameter cut over the ranks of ``group``."""
+        first = self._ranks[group.ranks[0]]
+        place = self._places[first.rank][name]
         index = place.sub_group
-        files = tuple(self._ranks[rank].optim_file for rank in group)
-        states = self._ranks[group[0]].states[index]
-        for rank in group:
-            self._placement.check_same_slot(rank, group[0], name)
-        for state, flat in states.items():
+        self._placement.check_same_slot(group, name)
+        for state, flat in first.states[index].items():
             regions = PartitionRegions(
                 math.prod(shape),
-                files,
-                self._base(index, state, tuple(group)),
+                group.files,
+                self._base(index, state, group),
                 place.within,
                 flat.dtype.itemsize,
             )
             yield Tensor(key, state, shape, flat.dtype, regions, role)
-        for state, scalar in self._ranks[group[0]].scalars[index].items():
-            self._add_scalar(key, state, scalar, self._ranks[group[0]])
+        for state, scalar in first.scalars[index].items():
+            self._add_scalar(key, state, scalar, first)
 
-    def _base(self, index: int, state: str, group: tuple[int, ...]) -> array[int]:
+    def _base(self, index: int, state: str, group: Group) -> array[int]:
         """Byte offset of a sub-group's flat buffer in each of its ranks' files."""
-        key = (index, state, group)
+        key = (index, state, id(group))
         if key not in self._bases:
-            ranks = [self._ranks[rank] for rank in group]
+            ranks = [self._ranks[rank] for rank in group.ranks]
             self._bases[key] = array(
                 "q", [files.offsets[files.states[index][state].number] for files in ranks]
             )
@@ -272,7 +278,7 @@ class _Catalogue:
         numel, size = math.prod(shape), partition_size(math.prod(shape), self._world)
         if name in self._autoep.experts:
             return
-        for files in self._ranks:
+        for files in self._frozen_kinds:
             held = files.frozen.get(name)
             if held is not None and held.dtype is not self._first.frozen[name].dtype:
                 raise MismatchError(
@@ -289,7 +295,7 @@ class _Catalogue:
         dtype = self._first.frozen[name].dtype
         regions = PartitionRegions(
             numel,
-            tuple(files.model_file for files in self._ranks),
+            self._model_files,
             array("q", [files.frozen_offsets[files.frozen[name].number] for files in self._ranks]),
             0,
             dtype.itemsize,
@@ -303,33 +309,35 @@ class _Catalogue:
         key = ExpertName(self._autoep.layer_path(prefix), projection)
         holders = self._autoep.holders[prefix]
         locals_: list[dict[str, Tensor]] = []
+        by_ep_rank: dict[int, list[RankFiles]] = {}
+        for files in self._ranks:
+            by_ep_rank.setdefault(self._autoep.entry(files, prefix)["ep_rank"], []).append(files)
         for ep_rank, ids in enumerate(holders):
             if not ids:
                 locals_.append({})
                 continue
-            group = self._expert_group(prefix, name, ep_rank)
-            shape = self._places[group[0]][name].shape
+            group = self._expert_group(prefix, name, ep_rank, by_ep_rank.get(ep_rank, []))
+            first = group.ranks[0]
+            shape = self._places[first][name].shape
             if shape[0] != len(ids):
                 raise MismatchError(
-                    f"{self._where(self._ranks[group[0]])}: {name} has {shape[0]} experts on EP rank "
+                    f"{self._where(self._ranks[first])}: {name} has {shape[0]} experts on EP rank "
                     f"{ep_rank}, the placement gives it {len(ids)}."
                 )
             found = self._states(name, shape, group, key, Role.PARAMETER)
             locals_.append({tensor.state: tensor for tensor in found})
         yield from self._stack(key, name, holders, locals_)
 
-    def _expert_group(self, prefix: str, name: str, ep_rank: int) -> list[int]:
-        """The global ranks that share an EP rank's experts, by partition rank."""
+    def _expert_group(self, prefix: str, name: str, ep_rank: int, ranks: Iterable[RankFiles]) -> Group:
+        """The ranks that share an EP rank's experts."""
         by_partition: dict[int, int] = {}
-        for files in self._ranks:
-            if self._autoep.entry(files, prefix)["ep_rank"] != ep_rank:
-                continue
+        for files in ranks:
             if name not in self._places[files.rank]:
                 raise MismatchError(
                     f"{self._where(files)}: EP rank {ep_rank} should hold experts of {name}, but no "
                     "sub-group of this rank lists it: those experts are missing."
                 )
-            own = self._places[files.rank][name].partition
+            own = self._placement.partition(files.rank, name)
             if own in by_partition:
                 raise MismatchError(
                     f"{self._where(files)} and {self._ranks[by_partition[own]].model_file} both claim "
@@ -344,7 +352,7 @@ class _Catalogue:
                 f"of {prefix}, files claim partitions {sorted(by_partition)}. Experts are missing."
                 + self._misplaced(prefix)
             )
-        return [by_partition[partition] for partition in range(expected)]
+        return self._placement.group(tuple(by_partition[partition] for partition in range(expected)))
 
     def _misplaced(self, prefix: str) -> str:
         """A sentence about the first file whose EP rank is not that of its place, if there is one."""
