@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tool.canonical import Checkpoint, DType
-from ckpt_tool.commit import manifest_root, occupied, read_manifest
+from ckpt_tool.commit import occupied
 from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.conversion import Execution as Execution
 from ckpt_tool.conversion import Outcome, carry_out, check_disk, refuse_own_source, refuse_strangers
@@ -32,6 +32,7 @@ from ckpt_tool.formats.deepspeed.writing.module_order import with_module_order
 from ckpt_tool.formats.hf.quantised import refuse_unreadable
 from ckpt_tool.formats.registry import TARGETS, locate, open_checkpoint
 from ckpt_tool.integrity import check, check_files
+from ckpt_tool.manifest import manifest_root, read_manifest
 from ckpt_tool.model_files import (
     check_same_family,
     find_config,
@@ -199,7 +200,7 @@ def convert(
         outcome = Outcome(None)
         refuse_own_source(Path(reader.root), destination)
         if how.overwrite:
-            refuse_strangers(destination)
+            refuse_strangers(destination, plan)
         if dry_run and not how.overwrite and occupied(destination):
             raise UsageError(f"{destination} exists. Choose another destination, or pass --overwrite.")
         if dry_run:

@@ -15,21 +15,22 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tool.errors import CkptToolError, ExecutionError, UnreadableError, UsageError
+from ckpt_tool.errors import CkptToolError, ExecutionError, UsageError
 from ckpt_tool.journal import Run, boot, file_entry, read_journal
 from ckpt_tool.layout import TargetFile
-from ckpt_tool.storage import FileState, is_file, sync_directory
+from ckpt_tool.manifest import JOURNAL, MANIFEST, manifest_bytes
+from ckpt_tool.replacing import Judge, Owned, aside, clear, put_back, remove, set_aside
+from ckpt_tool.storage import FileState, sync_directory
 from ckpt_tool.system_errors import reading_failed, unusable_destination, writing_failed
-from ckpt_tool.written import WrittenExtent, WrittenFile
+from ckpt_tool.written import WrittenFile
 
-MANIFEST = "ckpt_tool_manifest.json"
-MANIFEST_VERSION = 1
-JOURNAL = ".ckpt_tool_journal"
-RESERVED = frozenset({MANIFEST, JOURNAL})  # names that no file of a target may have
+
+def nothing_owned(place: Path) -> Owned:
+    """The judge of a run that replaces nothing."""
+    raise UsageError(f"{place} exists. Choose another destination, or pass --overwrite to replace it.")
 
 
 # A file of the target, and the files of the source that it is made of.
@@ -43,17 +44,29 @@ class Staging:
         target: the final path. It must not exist, or be empty, unless ``overwrite``.
         identity: the command, its parameters and the source: what a resumed run must share.
         fsync: make the result durable before publishing it.
+        judge: says what of an existing target is replaced; it raises UsageError where something there is
+            not proven to belong to that.
 
     Raises:
         UsageError: the target exists, or its staging directory belongs to another command.
     """
 
-    def __init__(self, target: Path, identity: Mapping[str, Any], *, overwrite: bool, fsync: bool) -> None:
+    def __init__(
+        self,
+        target: Path,
+        identity: Mapping[str, Any],
+        *,
+        overwrite: bool,
+        fsync: bool,
+        judge: Judge = nothing_owned,
+    ) -> None:
         self.target = target
         self.path = target.parent / f".{target.name}.ckpt-tool-staging"
         self._identity = dict(identity)
         self._fsync = fsync
         self._overwrite = overwrite
+        self._judge = judge
+        self._aside: tuple[Path, Collection[str]] | None = None  # what was replaced, and its files
         self._keep = self._moved = False
         self._run: Run | None = None
         self.done: dict[str, WrittenFile] = {}
@@ -105,9 +118,7 @@ class Staging:
 
     def _refuse_occupied(self) -> None:
         if not self._overwrite and occupied(self.target):
-            raise UsageError(
-                f"{self.target} exists. Choose another destination, or pass --overwrite to replace it."
-            )
+            nothing_owned(self.target)
 
     def _take_over(self) -> None:
         """Find the files an earlier run of this command completed."""
@@ -237,15 +248,8 @@ class Staging:
             return False
 
     def _seal(self) -> None:
-        manifest = {
-            "manifest_version": MANIFEST_VERSION,
-            **self._identity,
-            "files": [
-                {"path": file.path, "size": file.size, "extents": file.extents}
-                for _, file in sorted(self.done.items())
-            ],
-        }
-        (self.path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="ascii")
+        files = [file for _, file in sorted(self.done.items())]
+        (self.path / MANIFEST).write_bytes(manifest_bytes(self._identity, files))
         if self._fsync:
             with (self.path / MANIFEST).open("rb") as written:
                 os.fsync(written.fileno())
@@ -256,25 +260,47 @@ class Staging:
 
     def _move(self) -> None:
         """The locked journal goes along and is removed last: until then no other run can take over."""
-        old, aside = replaced(self.target), False
+        owned = self._judge(self.target) if occupied(self.target) else None
+        if owned is None or owned.tag is None:
+            self._name(self.path, self.target, owned and owned.files)
+        else:
+            self._move_tag(owned, owned.tag)
+        self._moved = True
+
+    def _move_tag(self, owned: Owned, tag: str) -> None:
+        """Into a run's directory, where everything but the tag stays. What names the tag comes after it."""
+        place = self.target / tag
+        self._name(self.path / tag, place, owned.below(tag) if os.path.lexists(place) else None)
+        for file in sorted(self.path.iterdir()):
+            if file.name != JOURNAL:
+                file.replace(self.target / file.name)
+        if self._fsync:
+            sync_directory(self.target)
+
+    def _name(self, new: Path, place: Path, replaced: Collection[str] | None) -> None:
+        """Rename ``new`` to ``place``, of which ``replaced`` are all files if there is one."""
         try:
-            if occupied(self.target):
-                _remove(old)
-                aside = True
-                self.target.rename(old)
-            self.path.rename(self.target)
-            self._moved = True
+            if replaced is not None:
+                self._aside = place, replaced
+                set_aside(place, replaced, self._judge)
+            new.rename(place)
         except BaseException:
             # Also where the user interrupts: what was to be replaced gets its name back.
-            with contextlib.suppress(OSError):
-                if aside and not self.target.exists() and old.exists():
-                    old.rename(self.target)
+            if replaced is not None:
+                with contextlib.suppress(OSError):
+                    put_back(place)
             raise
 
     def _tidy(self) -> None:
         if self._fsync:
             sync_directory(self.target.parent)
-        tidy(self.target, overwrite=self._overwrite)
+        if self._aside is not None:
+            place, files = self._aside
+            remove(aside(place), files)
+        tidy(self.target, self._judge if self._overwrite else None)
+        if self.path.is_dir():  # of a tag, the directory that it was prepared in is left
+            (self.path / JOURNAL).unlink(missing_ok=True)
+            self.path.rmdir()
 
     def close(self) -> None:
         """Let go of the directory; remove it where it holds nothing worth going on with."""
@@ -283,16 +309,11 @@ class Staging:
         _let_go(self._journal)
 
 
-def replaced(target: Path) -> Path:
-    """Where the directory that ``target`` replaces is kept until it is replaced."""
-    return target.parent / f".{target.name}.ckpt-tool-replaced"
-
-
-def tidy(target: Path, *, overwrite: bool = True) -> None:
+def tidy(target: Path, judge: Judge | None) -> None:
     """Remove what publishing leaves beside and in a result; the journal last, which tells that it is not
-    done yet. What another command moved aside is not removed by one that replaces nothing."""
-    if overwrite:
-        _remove(replaced(target))
+    done yet. A command that replaces nothing (``judge`` None) removes nothing that another moved aside."""
+    if judge is not None:
+        clear(aside(target), judge)
     (target / JOURNAL).unlink(missing_ok=True)
 
 
@@ -315,14 +336,6 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _remove(path: Path) -> None:
-    """Remove what was replaced, whatever it was."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def occupied(path: Path) -> bool:
     """Whether a result would replace something at ``path``: anything but an empty directory."""
     try:
@@ -336,49 +349,3 @@ def occupied(path: Path) -> bool:
 def _summary(identity: Mapping[str, Any]) -> str:
     parameters = identity.get("parameters", {})
     return " ".join(f"{key}={value}" for key, value in parameters.items()) or "unknown"
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a directory written by ckpt-tool says about itself."""
-
-    identity: Mapping[str, Any]
-    files: tuple[WrittenFile, ...]
-
-
-def manifest_root(directory: Path) -> Path:
-    """A Universal checkpoint's manifest lies beside its tag file, one level up."""
-    if not is_file(directory / MANIFEST) and is_file(directory.parent / MANIFEST):
-        return directory.parent
-    return directory
-
-
-def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a directory; None where it has none.
-
-    Raises:
-        UnreadableError: it is damaged, or of a version this release does not know.
-    """
-    path = directory / MANIFEST
-    if not is_file(path):
-        return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["manifest_version"] != MANIFEST_VERSION:
-            raise UnreadableError(
-                f"{path} is of version {data['manifest_version']}; this release of ckpt-tool reads "
-                f"version {MANIFEST_VERSION}. Use the release that wrote it."
-            )
-        files = tuple(
-            WrittenFile(
-                file["path"],
-                file["size"],
-                tuple(WrittenExtent(*extent) for extent in file["extents"]),
-            )
-            for file in data["files"]
-        )
-    except OSError as error:
-        raise reading_failed(path, error) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnreadableError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
-    return Manifest({key: value for key, value in data.items() if key != "files"}, files)

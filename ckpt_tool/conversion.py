@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import xxhash
 
 from ckpt_tool import __version__
+from ckpt_tool.belongings import owned
 from ckpt_tool.canonical import Checkpoint
-from ckpt_tool.commit import MANIFEST, Staging, occupied
+from ckpt_tool.commit import Staging, occupied
 from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.containers.decoded import files_behind
 from ckpt_tool.errors import CkptToolError, ExecutionError, UnreadableError, UsageError
@@ -21,12 +22,13 @@ from ckpt_tool.execute.budget import MIB, Budget
 from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.registry import SOURCES, locate, open_checkpoint
+from ckpt_tool.formats.registry import open_checkpoint
 from ckpt_tool.integrity import check
 from ckpt_tool.layout import TargetFile
 from ckpt_tool.plan import Plan, copies
 from ckpt_tool.published import finish, is_published, is_what_it_would_be
-from ckpt_tool.storage import LocalReader, LocalWriter, Reader
+from ckpt_tool.replacing import Owned
+from ckpt_tool.storage import LocalWriter, Reader
 
 DEFAULT_MAX_MEMORY = 1024 * MIB
 
@@ -85,6 +87,10 @@ def carry_out(
         tensor for tensor in checkpoint.tensors if tensor.label() not in plan.layout.left_out
     )
     identity = _identity(plan, checkpoint, to, options)
+
+    def judge(place: Path) -> Owned:
+        return owned(place, [file.path for file in plan.files])
+
     verdict = None
     if is_published(destination, identity, overwrite=how.overwrite) and is_what_it_would_be(
         plan, reader, destination, budget, how.meter
@@ -93,10 +99,10 @@ def carry_out(
             verdict = _verify_result(plan, destination, reader, kept, options, budget, how)
         _refuse_changed(reader)
         how.on_published(destination)
-        finish(destination, overwrite=how.overwrite)
+        finish(destination, judge, overwrite=how.overwrite)
         note = f"{destination} was there already, written by this command, and is what it would be now."
         return Outcome(verdict, (note,))
-    staging = Staging(destination, identity, overwrite=how.overwrite, fsync=how.fsync)
+    staging = Staging(destination, identity, overwrite=how.overwrite, fsync=how.fsync, judge=judge)
     try:
         staging.begin(
             reader.states(),
@@ -250,20 +256,11 @@ def refuse_own_source(source: Path, destination: Path) -> None:
         raise UsageError(f"{destination} is inside the source, which is only read. Choose another.")
 
 
-def refuse_strangers(destination: Path) -> None:
-    """``--overwrite`` replaces checkpoints, and nothing else that happens to have the name."""
-    if not occupied(destination):
-        return
-    if destination.is_symlink() or not destination.is_dir():
-        raise UsageError(f"{destination} is not a directory; --overwrite replaces checkpoints only.")
-    if (destination / MANIFEST).is_file():
-        return
-    try:
-        reader = LocalReader(locate(destination))
-    except UnreadableError:
-        reader = LocalReader(destination)
-    if not any(known.recognises(reader) for known in SOURCES):
-        raise UsageError(
-            f"{destination} is no checkpoint; --overwrite replaces checkpoints only. Remove it yourself, "
-            "or choose another destination."
-        )
+def refuse_strangers(destination: Path, plan: Plan) -> None:
+    """``--overwrite`` replaces checkpoints, and nothing else that happens to have the name.
+
+    Raises:
+        UsageError: something at the destination is not proven to belong to what is replaced; it is named.
+    """
+    if occupied(destination):
+        owned(destination, [file.path for file in plan.files])

@@ -13,7 +13,6 @@ import xxhash
 from isal import isal_zlib
 
 from ckpt_tool.canonical import Checkpoint
-from ckpt_tool.commit import JOURNAL, MANIFEST, Manifest
 from ckpt_tool.comparison import Verdict
 from ckpt_tool.containers.stored_zip import StoredZip
 from ckpt_tool.errors import CkptToolError, MismatchError
@@ -21,6 +20,7 @@ from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.execute.threads import in_parallel
 from ckpt_tool.geometry import check_disjoint, pieces
+from ckpt_tool.manifest import JOURNAL, MANIFEST, Manifest
 from ckpt_tool.storage import Reader
 from ckpt_tool.values import Difference, check_replicas
 

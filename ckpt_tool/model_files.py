@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt_tool.commit import MANIFEST
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.families import family_of
 from ckpt_tool.formats.registry import locate
+from ckpt_tool.manifest import MANIFEST
 from ckpt_tool.storage import LocalReader, is_directory, is_file
 from ckpt_tool.system_errors import reading_failed
 

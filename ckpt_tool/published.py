@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt_tool.commit import JOURNAL, lock, occupied, read_manifest, replaced, tidy
+from ckpt_tool.commit import lock, occupied, tidy
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.integrity import check_files
+from ckpt_tool.manifest import JOURNAL, read_manifest
 from ckpt_tool.plan import Plan
+from ckpt_tool.replacing import Judge, aside
 from ckpt_tool.storage import LocalReader, Reader, is_directory, is_file
 from ckpt_tool.written import WrittenFile
 
@@ -28,7 +30,7 @@ def is_published(target: Path, identity: Mapping[str, Any], *, overwrite: bool) 
     """
     if not occupied(target) or not is_directory(target):
         return False
-    if overwrite and not (is_file(target / JOURNAL) or is_directory(replaced(target))):
+    if overwrite and not (is_file(target / JOURNAL) or is_directory(aside(target))):
         return False
     try:
         manifest = read_manifest(target)
@@ -59,17 +61,17 @@ def is_what_it_would_be(plan: Plan, source: Reader, target: Path, budget: Budget
         reader.close()
 
 
-def finish(target: Path, *, overwrite: bool) -> None:
+def finish(target: Path, judge: Judge, *, overwrite: bool) -> None:
     """Tidy up after a run that was stopped in it; UsageError where it still runs."""
     try:
         journal = os.open(target / JOURNAL, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         if overwrite:
-            tidy(target)
+            tidy(target, judge)
         return
     try:
         lock(journal, target)
-        tidy(target)
+        tidy(target, judge)
     finally:
         with contextlib.suppress(OSError):
             os.close(journal)

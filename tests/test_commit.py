@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from ckpt_tool import api, commit
-from ckpt_tool.commit import MANIFEST, Staging, read_manifest
+from ckpt_tool.commit import Staging
 from ckpt_tool.errors import ExecutionError, UnreadableError, UsageError
+from ckpt_tool.manifest import JOURNAL, MANIFEST, read_manifest
 from ckpt_tool.written import WrittenExtent, WrittenFile
 from tests import synthetic
 from tests.conftest import checkpoint_of, child_env, run_cli, tree
@@ -166,7 +167,7 @@ def test_a_run_killed_twice_is_completed(
 def test_what_was_complete_is_not_written_again(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     killed(source, target, 40)
-    journal = (staging_of(target) / commit.JOURNAL).read_text().splitlines()
+    journal = (staging_of(target) / JOURNAL).read_text().splitlines()
     complete = {json.loads(line)["path"] for line in journal[2:]}
     assert complete, "nothing was complete: kill later"
     before = {path: (staging_of(target) / path).stat().st_ino for path in complete}
@@ -216,7 +217,7 @@ def test_a_damaged_journal_does_not_block_the_same_command(
 ) -> None:
     target = tmp_path / "out"
     killed(source, target, 40)
-    journal = staging_of(target) / commit.JOURNAL
+    journal = staging_of(target) / JOURNAL
     data = journal.read_bytes()
     cut = {"empty journal": 0, "torn first line": 20, "torn last line": len(data) - 7}[damage]
     journal.write_bytes(data[:cut])
@@ -322,7 +323,7 @@ def test_a_lock_on_a_journal_that_was_published_is_not_taken_for_the_directorys(
     monkeypatch.setattr(commit.fcntl, "flock", flock)
     second = staged(tmp_path / "out")
     assert len(calls) == 2
-    assert os.path.samestat(os.fstat(second._journal), (second.path / commit.JOURNAL).stat())
+    assert os.path.samestat(os.fstat(second._journal), (second.path / JOURNAL).stat())
     second.close()
 
 
@@ -338,12 +339,12 @@ def test_a_disk_that_is_full_for_our_own_records_is_told_as_such(
             raise full
         return original(descriptor, data)
 
-    def write_text(path: Path, text: str, encoding: str) -> int:
+    def write_bytes(path: Path, data: bytes) -> int:
         raise full
 
     with monkeypatch.context() as patch:
         if when == "manifest":
-            patch.setattr(Path, "write_text", write_text)
+            patch.setattr(Path, "write_bytes", write_bytes)
         else:
             patch.setattr(commit.os, "write", write)
         with pytest.raises(ExecutionError, match="the disk is full"):
@@ -380,7 +381,7 @@ def test_a_file_damaged_in_size_after_the_kill_is_written_again(
 ) -> None:
     target = tmp_path / "out"
     killed(source, target, 40)
-    journal = (staging_of(target) / commit.JOURNAL).read_text().splitlines()
+    journal = (staging_of(target) / JOURNAL).read_text().splitlines()
     os.truncate(staging_of(target) / json.loads(journal[2])["path"], 10)
     api.convert(source, target, to="universal")
     assert tree(target) == uninterrupted
@@ -433,13 +434,19 @@ def test_a_destination_that_appears_meanwhile_is_not_replaced(source: Path, tmp_
 # ---- overwriting
 
 
+def old_result(target: Path) -> None:
+    """A directory that ckpt-tool wrote, as far as its manifest tells."""
+    target.mkdir()
+    (target / "old").write_text("x")
+    files = [{"path": "old", "size": 1, "extents": []}]
+    (target / MANIFEST).write_text(json.dumps({"manifest_version": 1, "files": files}))
+
+
 def test_overwrite_replaces_all_of_the_old(
     source: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("x")
-    (target / MANIFEST).write_text("x")  # a result of ckpt-tool, which may be replaced
+    old_result(target)
     api.convert(source, target, to="universal", how=api.Execution(overwrite=True))
     assert tree(target) == uninterrupted
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -447,9 +454,7 @@ def test_overwrite_replaces_all_of_the_old(
 
 def test_overwrite_leaves_the_old_until_the_new_is_complete(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("x")
-    (target / MANIFEST).write_text("x")  # a result of ckpt-tool, which may be replaced
+    old_result(target)
     seen: set[bool] = set()
     spy = Spy(lambda: seen.add((target / "old").exists()))
     api.convert(source, target, to="universal", how=api.Execution(overwrite=True, meter=spy), verify=True)
@@ -460,9 +465,7 @@ def test_a_failed_overwrite_keeps_the_old(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("x")
-    (target / MANIFEST).write_text("x")  # a result of ckpt-tool, which may be replaced
+    old_result(target)
 
     def failing(*args: object) -> None:
         raise ExecutionError("disk")
@@ -470,7 +473,7 @@ def test_a_failed_overwrite_keeps_the_old(
     monkeypatch.setattr("ckpt_tool.storage.LocalWriter.write", failing)
     with pytest.raises(ExecutionError):
         api.convert(source, target, to="universal", how=api.Execution(overwrite=True))
-    assert tree(target) == {"old": b"x", MANIFEST: b"x"}
+    assert tree(target).keys() == {"old", MANIFEST}
 
 
 def test_overwrite_replaces_no_file(source: Path, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from ckpt_tool import api
-from ckpt_tool.commit import MANIFEST
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.manifest import MANIFEST
 from tests.conftest import ROOT, tree
 
 GOLDEN = Path(__file__).with_suffix(".json")

@@ -12,10 +12,10 @@ import pytest
 from safetensors import safe_open
 
 from ckpt_tool import api, conversion, journal
-from ckpt_tool.commit import JOURNAL, MANIFEST
 from ckpt_tool.comparison import Verdict
 from ckpt_tool.errors import ExecutionError
 from ckpt_tool.execute.meter import Silent
+from ckpt_tool.manifest import JOURNAL, MANIFEST
 from ckpt_tool.values import Difference
 from tests.conftest import checkpoint_of, run_cli, tree
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from ckpt_tool import api, commit, storage
-from ckpt_tool.commit import MANIFEST
 from ckpt_tool.errors import CkptToolError, ExecutionError, UnreadableError
+from ckpt_tool.manifest import MANIFEST
 from ckpt_tool.storage import LocalReader
 from ckpt_tool.system_errors import told
 from tests.conftest import Finished, checkpoint_of, child_env, config_of, copy_fixture, tree

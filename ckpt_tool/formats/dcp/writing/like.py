@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_tool.canonical import WEIGHT, Checkpoint, DType, Scalar, Tensor
-from ckpt_tool.commit import RESERVED
 from ckpt_tool.containers.dcp_metadata import Path
 from ckpt_tool.containers.torch_zip import Inline
 from ckpt_tool.errors import MismatchError
@@ -27,6 +26,7 @@ from ckpt_tool.formats.dcp.writing.files import (
 from ckpt_tool.formats.dcp.writing.names import Styled, styled
 from ckpt_tool.formats.dcp.writing.options import stated_options
 from ckpt_tool.layout import Layout, LazyFiles, Maker, given
+from ckpt_tool.manifest import RESERVED
 
 _LISTED = 40  # the most entries that a note names
 
