@@ -24,9 +24,11 @@ from ckpt_tool.duplicates import Copies, find_copies
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.families import family_of
+from ckpt_tool.families.adapters import refuse_adapters
 from ckpt_tool.families.agreement import check_config
 from ckpt_tool.families.autoep import refuse_composite, to_autoep
 from ckpt_tool.families.naming import HUB, to_hub
+from ckpt_tool.families.roots import fitted
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.deepspeed.writing.module_order import with_module_order
 from ckpt_tool.formats.hf.quantised import refuse_unreadable
@@ -160,8 +162,8 @@ def convert(
         model_config, extra = find_config(Path(source), config)
         if config is not None and model_config is not None:
             check_same_family(checkpoint.model_config, model_config)
-        published = to == "hf" and checkpoint.format == TARGETS["hf"].name
-        files_left = left_behind(Path(source), extra) if published else ()
+        republished = to == "hf" and checkpoint.format == TARGETS["hf"].name
+        files_left = left_behind(Path(source), extra) if republished else ()
         template = open(like) if like is not None else None
         refuse_unreadable(checkpoint.tensors)
         if checkpoint.unresolved and to != "hf" and not weights_only:
@@ -170,10 +172,17 @@ def convert(
             )
         if checkpoint.nameless and not (to == "dcp" and style is None):
             raise UnreadableError(f"{checkpoint.root}: {checkpoint.nameless}")
+        left_out: Mapping[str, str] = {}
+        if to == "hf" or _engine(checkpoint.format) != _engine(TARGETS[to].name):
+            refuse_adapters(checkpoint)
+            if model_config is not None:
+                checkpoint, model_config, left_out = fitted(checkpoint, model_config)
         run_config = read_ds_config(Path(ds_config), to) if ds_config is not None else None
         if to == "dcp" and model_config is not None and (checkpoint.dialect == HUB or config is not None):
-            family = family_of(model_config)
-            check_config(to_hub(checkpoint, family, model_config), family, model_config)
+            described = fitted(checkpoint, model_config)
+            family = family_of(described.config)
+            published = to_hub(described.checkpoint, family, described.config)
+            check_config(published, family, described.config)
         if to in _DEEPSPEED:
             checkpoint = _under_module_names(checkpoint, model_config, template)
             if to != "universal" and template is None and not checkpoint.module_names:
@@ -195,6 +204,7 @@ def convert(
             weights_only=weights_only,
         )
         layout = TARGETS[to].layout(checkpoint, options)
+        layout = replace(layout, left_out={**layout.left_out, **left_out})
         plan = make_plan(layout)
         destination = Path(os.path.abspath(target))  # noqa: PTH100 (keep symlinks as the user wrote them)
         outcome = Outcome(None)
@@ -291,6 +301,11 @@ def _own_target(checkpoint: Checkpoint) -> str:
             f"convert --to` writes another format: {', '.join(sorted(set(TARGETS) - _WITHOUT_RANKS))}."
         )
     return to
+
+
+def _engine(name: str) -> str:
+    """Whose names a format has: those of one engine's modules, or published ones."""
+    return name.partition("-")[0]
 
 
 def _refuse_useless(to: str, given: Mapping[str, object]) -> None:

@@ -20,6 +20,7 @@ from ckpt_tool.canonical import Checkpoint, DType, ExpertName, Region, Tensor, c
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Silent
+from ckpt_tool.families import agreement
 from ckpt_tool.layout import Layout
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader, LocalWriter, Reader
@@ -98,6 +99,13 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda fd: None)
         yield
+
+
+@pytest.fixture
+def partial_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For models written by hand, with the tensors that a test is about and no others: whether they are
+    whole is not asked (``families.completeness``, which has tests of its own)."""
+    monkeypatch.setattr(agreement, "check_tensors", lambda *given: None)
 
 
 @pytest.fixture(params=ZERO3)

@@ -10,6 +10,7 @@ from typing import Any
 from ckpt_tool.canonical import DOWN, Checkpoint, ExpertName, Tensor, TensorName
 from ckpt_tool.errors import MismatchError
 from ckpt_tool.families import Family, is_strange_expert, of_all_layers, stated, text_config
+from ckpt_tool.families.completeness import check_tensors
 from ckpt_tool.families.forms import compiled
 from ckpt_tool.families.rows import row_fields, stated_rows
 
@@ -35,6 +36,7 @@ def check_config(checkpoint: Checkpoint, family: Family, config: Mapping[str, An
     _check_blocks(values, family)
     _check_embeddings(checkpoint, values, family, config)
     _check_rows(values, family, text)
+    check_tensors(values, family, config, checkpoint.aliases)
 
 
 def _check_names(values: Mapping[TensorName, Tensor], family: Family) -> None:
@@ -182,7 +184,7 @@ def _check_layers(values: Mapping[TensorName, Tensor], family: Family, text: Map
         return
     count = field[1]
     # Multi-token-prediction layers are numbered after the last and not counted.
-    extra = max(_integer(text, key) for key in _MTP_FIELDS)
+    extra = promised_mtp_layers(text)
     if not count <= max(numbers) + 1 <= count + extra:
         raise _disagree(field[0], count, max(numbers) + 1, "the names of its tensors")
     lost = sorted(set(range(count)) - numbers)
@@ -197,6 +199,11 @@ def _check_layers(values: Mapping[TensorName, Tensor], family: Family, text: Map
             f"By config.json the MoE layers are {sorted(expected)}; the checkpoint has routed experts "
             f"in layers {sorted(moe)}. Is this the config.json of another model?"
         )
+
+
+def promised_mtp_layers(text: Mapping[str, Any]) -> int:
+    """How many layers for multi-token prediction a config says there are."""
+    return max(_integer(text, key) for key in _MTP_FIELDS)
 
 
 def moe_layer_numbers(rule: str, text: Mapping[str, Any], count: int) -> set[int] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.errors import UnreadableError
+from ckpt_tool.families import adapters
 from ckpt_tool.formats.base import SourceFormat, TargetFormat
 from ckpt_tool.formats.dcp.format import Dcp
 from ckpt_tool.formats.deepspeed.reading.zero0 import Zero0
@@ -110,6 +111,8 @@ def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
                 reader.close()
                 raise
     names = reader.list()
+    if any(name in (adapters.CONFIG, *adapters.WEIGHTS) for name in names):
+        raise UnreadableError(f"{directory} holds an adapter and no model. {adapters.MERGE}")
     inside = [name for name in names if reader.is_directory(name) and _is_checkpoint(directory / name)]
     if inside:
         shown = ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else "")

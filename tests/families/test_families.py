@@ -372,6 +372,7 @@ def test_a_model_of_hub_files_is_published_again_unchanged(tmp_path: Path) -> No
     ).read_bytes()
 
 
+@pytest.mark.usefixtures("partial_models")
 def test_uneven_placements_are_published_by_global_id(tmp_path: Path) -> None:
     """End to end: experts out of order and replicated on the ranks, in order in the file."""
     layers = [Layer(number, ((3, 1), (0, 2, 1)), 4, 3) for number in (0, 1)]

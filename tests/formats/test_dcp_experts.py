@@ -63,6 +63,7 @@ def saved(path: Path, states: dict[str, Any]) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("partial_models")
 def test_a_tensor_per_expert_stays_one_in_a_reshard(tmp_path: Path) -> None:
     source = saved(tmp_path / "c", optimizer(per_expert()))
     assert any(isinstance(tensor.name, ExpertName) for tensor in read(source)[1].tensors)

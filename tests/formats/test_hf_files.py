@@ -20,6 +20,8 @@ from ckpt_tool.formats.registry import open_checkpoint
 from ckpt_tool.layout import Literal
 from tests.formats.hub_files import equal, noise, plan_for, read, write
 
+pytestmark = pytest.mark.usefixtures("partial_models")
+
 LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "vocab_size": 16}
 SHARDS = (
     {"model.embed_tokens.weight": noise(16, 8), "model.layers.0.input_layernorm.weight": noise(8)},

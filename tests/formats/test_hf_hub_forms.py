@@ -16,6 +16,8 @@ from ckpt_tool.canonical import DType
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from tests.formats.hub_files import Tensors, convert, equal, experts, noise, plan_for, read, write
 
+pytestmark = pytest.mark.usefixtures("partial_models")
+
 E, H, I = 4, 32, 12  # noqa: E741
 LAYER = "model.layers.0"
 INSIDE = "model.language_model.layers.0"

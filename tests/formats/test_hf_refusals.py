@@ -19,6 +19,8 @@ from ckpt_tool.families.naming import to_hub
 from ckpt_tool.formats.deepspeed.writing import module_order
 from tests.formats.hub_files import Tensors, convert, equal, experts, noise, plan_for, read, write
 
+pytestmark = pytest.mark.usefixtures("partial_models")
+
 E, H, INNER, LAYERS = 4, 32, 16, 3
 AT = "model.layers.1"
 CONFIG = {

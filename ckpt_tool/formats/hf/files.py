@@ -11,7 +11,7 @@ from typing import Any
 from ckpt_tool.canonical import WEIGHT, Checkpoint, ExpertName, MoELayer, SourceFile, Tensor, Topology
 from ckpt_tool.containers.safetensors import SafetensorsFile
 from ckpt_tool.errors import UnreadableError, UsageError
-from ckpt_tool.families import Family, family_of, text_config
+from ckpt_tool.families import Family, adapters, family_of, text_config
 from ckpt_tool.families.agreement import embedding_name, head_name, ties_embeddings
 from ckpt_tool.families.naming import HUB, from_hub, moe_layer
 from ckpt_tool.formats.hf.quantised import decoded, scheme_of
@@ -20,7 +20,6 @@ from ckpt_tool.wrappers import note_of, without_wrappers
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_model.safetensors"
 _SERIES = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors", re.ASCII)
 
 
@@ -90,14 +89,11 @@ def _tensors(reader: Reader) -> tuple[dict[str, Tensor], list[SourceFile]]:
 def _files(reader: Reader) -> dict[str, set[str] | None]:
     """The safetensors files of the model, with the tensors the index expects in each."""
     names = reader.list()
+    _refuse_adapter(reader, names)
     if INDEX not in names:
-        found = [name for name in names if name.endswith(".safetensors")]
+        # transformers takes the file of this name alone (5.20, modeling_utils.py)
+        found = [SINGLE] if SINGLE in names else [name for name in names if name.endswith(".safetensors")]
         _check_series(reader, found, found)
-        if ADAPTER in found and len(found) > 1:
-            raise UnreadableError(
-                f"{reader.root}/{ADAPTER} holds an adapter, not the model's own weights. Merge it into the "
-                "model, or move it away."
-            )
         return dict.fromkeys(found)
     where = f"{reader.root}/{INDEX}"
     files: dict[str, set[str] | None] = {}
@@ -107,6 +103,12 @@ def _files(reader: Reader) -> dict[str, set[str] | None]:
         expected = files.setdefault(path, set())
         if expected is not None:
             expected.add(name)
+    if SINGLE in names and SINGLE not in files:
+        raise UnreadableError(
+            f"{reader.root} holds {SINGLE} and an index of other files (such as {next(iter(files))}): "
+            f"two models. transformers loads {SINGLE}, and other programs what the index names. Move away "
+            f"what is not meant: {SINGLE}, or {INDEX} and its files."
+        )
     for path in files:
         if path not in names:
             raise UnreadableError(
@@ -114,6 +116,17 @@ def _files(reader: Reader) -> dict[str, set[str] | None]:
             )
     _check_series(reader, list(files), names)
     return files
+
+
+def _refuse_adapter(reader: Reader, names: list[str]) -> None:
+    """transformers puts an adapter beside a model onto it where peft is installed (5.20,
+    integrations/peft.py): what is loaded is not what the model's own files hold."""
+    found = next((name for name in adapters.WEIGHTS if name in names), None)
+    if found is not None:
+        raise UnreadableError(
+            f"{reader.root}/{found} holds an adapter, not a model's own weights. {adapters.MERGE} If the "
+            "model beside it is meant without it, move the adapter away."
+        )
 
 
 def _check_series(reader: Reader, used: list[str], present: list[str]) -> None:

@@ -1,0 +1,247 @@
+"""Has a checkpoint all the tensors of its model, and no others? Each layer against its peers, and
+everything against what the family's model has (``expected``). Names are published ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ckpt_tool.canonical import ExpertName, Tensor, TensorName
+from ckpt_tool.errors import MismatchError
+from ckpt_tool.families import Family, stated, text_config
+from ckpt_tool.families.expected import Expected, Names, expected_of, release
+
+# Buffers that older releases saved, and what quantised models keep of their activations.
+_PASSED_OVER = re.compile(
+    r"(?:.*\.)?(?:rotary_emb\.inv_freq|masked_bias|_extra_state|[kv]_scale|(?:in|out)put_scale)"
+)
+_MTP = re.compile(r"(?:.*\.)?mtp(?:_\w+)?\..*")
+# Fields that say at which distance kinds of layers come again.
+_PERIODIC = re.compile(r".*(?:interval|period|pattern|step|every|group_size|freq)\w*")
+# The heads of classes for other tasks than writing text.
+OTHER_HEADS = ("score.", "classifier.", "qa_outputs.")
+_INCOMPLETE = "The checkpoint is not complete: save or copy it again."
+
+Layers = dict[int, dict[str, Tensor]]
+
+
+def check_tensors(
+    values: Mapping[TensorName, Tensor],
+    family: Family,
+    config: Mapping[str, Any],
+    aliases: Mapping[str, str],
+) -> None:
+    """Compare a model's tensors with each other and with what its config asks for.
+
+    Args:
+        aliases: further names of tied tensors, which are there.
+
+    Raises:
+        MismatchError: a tensor is missing, or is none of the model's; the message names it.
+    """
+    if not family.config["layers"]:  # an encoder and a decoder
+        return
+    expected = expected_of(config)
+    text = text_config(config)
+    names = {name: tensor for name, tensor in values.items() if isinstance(name, str)}
+    moe = [name.layer_path for name in values if isinstance(name, ExpertName)]
+    moe = [
+        path
+        for path in dict.fromkeys(moe)
+        if not _MTP.match(path) and not path.startswith(family.apart or "\0")
+    ]
+    parents = {path.rpartition(".")[0] for path in moe}
+    root = parents.pop() if len(parents) == 1 else expected.root if expected and not moe else None
+    if root is None:
+        return
+    count = stated(text, family.config["layers"])
+    if count is None or type(count[1]) is not int:
+        return
+    layers, top = _sorted(names, root, count[1])
+    numbers = {int(path.rpartition(".")[2]) for path in moe}
+    if expected is not None:
+        for number, held in sorted(layers.items()):
+            wanted = expected.moe if number in numbers else expected.dense
+            if wanted.known:
+                _check_layer(f"{root}.{number}", held, wanted, expected)
+        if expected.writes_text:
+            _check_top(top, expected, config, aliases)
+    _check_peers(root, layers, numbers, text)
+
+
+def _sorted(names: Mapping[str, Tensor], root: str, count: int) -> tuple[Layers, dict[str, Tensor]]:
+    """Tensors by layer, without multi-token-prediction layers after the last, and the others."""
+    layers: Layers = {}
+    top: dict[str, Tensor] = {}
+    pattern = re.compile(rf"{re.escape(root)}\.(\d+)\.(.+)")
+    for name, tensor in names.items():
+        match = pattern.fullmatch(name)
+        if match is None:
+            top[name] = tensor
+        elif int(match[1]) < count:
+            layers.setdefault(int(match[1]), {})[match[2]] = tensor
+    return layers, top
+
+
+# ---- against what the model has
+
+
+def _check_layer(path: str, held: Mapping[str, Tensor], wanted: Names, expected: Expected) -> None:
+    missing = sorted(wanted.required - held.keys())
+    if missing:
+        raise MismatchError(
+            f"The checkpoint has no {path}.{missing[0]}{_more(missing)}, which every such layer of "
+            f"{expected.architecture} has. {_INCOMPLETE} Or is this the config.json of another model?"
+        )
+    extra = sorted(name for name in held if name not in wanted.known and not _passed_over(name, expected))
+    if extra:
+        raise _not_the_models(f"{path}.{extra[0]}", extra, expected)
+
+
+def _check_top(
+    top: Mapping[str, Tensor], expected: Expected, config: Mapping[str, Any], aliases: Mapping[str, str]
+) -> None:
+    says = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
+    given = config.get("architectures")
+    classes = [str(name) for name in given] if isinstance(given, list) else []
+    writes = all(name.endswith(("ForCausalLM", "ForConditionalGeneration")) for name in classes)
+    headless = bool(expected.tied if says is None else says) or not writes
+    bare = any(name.endswith("Model") for name in classes)  # whose names are without the model's own
+    have = {*top, *aliases, *(f"model.{name}" for name in top if bare)}
+    missing = sorted(
+        name
+        for name in expected.top.required
+        if name not in have and not (headless and name == expected.head)
+    )
+    if missing:
+        hint = " (its head is not tied to its embedding)" if missing[0] == expected.head else ""
+        raise MismatchError(
+            f"The checkpoint has no {missing[0]}{_more(missing)}, which {expected.architecture} has by "
+            f"this config.json{hint}. {_INCOMPLETE}"
+        )
+    extra = sorted(
+        name
+        for name in top
+        if name not in expected.top.known
+        and not (bare and f"model.{name}" in expected.top.known)
+        and not (not writes and name.startswith(OTHER_HEADS))
+        and not name.startswith(expected.towers or "\0")
+        and not _passed_over(name, expected)
+    )
+    if extra:
+        raise _not_the_models(extra[0], extra, expected)
+
+
+def _passed_over(name: str, expected: Expected) -> bool:
+    return bool(
+        _PASSED_OVER.fullmatch(name)
+        or _MTP.fullmatch(name)
+        or any(pattern.search(name) for pattern in expected.ignored)
+    )
+
+
+def _not_the_models(name: str, extra: Sequence[str], expected: Expected) -> MismatchError:
+    return MismatchError(
+        f"The checkpoint has {name}{_more(extra)}, and {expected.architecture} has no such tensor "
+        f"(transformers {release()}): it would be loaded nowhere. Leave it out of the state dict that is "
+        "saved, or pass the config.json of the model that was trained."
+    )
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+# ---- against each other
+
+
+def _check_peers(root: str, layers: Layers, moe: set[int], text: Mapping[str, Any]) -> None:
+    groups: dict[Any, list[int]] = {}
+    kind_of = _kinds(text, len(layers))
+    for number, held in sorted(layers.items()):
+        groups.setdefault((number in moe, _mixers(held), *kind_of(number)), []).append(number)
+    for numbers in groups.values():
+        for name in dict.fromkeys(name for number in numbers for name in layers[number]):
+            holders = [number for number in numbers if name in layers[number]]
+            lacking = [number for number in numbers if name not in layers[number]]
+            if lacking and len(lacking) == len(holders):
+                raise MismatchError(
+                    f"The checkpoint has {root}.{holders[0]}.{name}, and layer {lacking[0]}, which is of "
+                    f"the same kind, has none. {_INCOMPLETE}"
+                )
+            if lacking and len(lacking) < len(holders):
+                raise MismatchError(
+                    f"The checkpoint has no {root}.{lacking[0]}.{name}, which {len(holders)} other layers "
+                    f"of the same kind have (such as layer {holders[0]}). {_INCOMPLETE}"
+                )
+            if lacking:
+                raise MismatchError(
+                    f"The checkpoint has {root}.{holders[0]}.{name}, which no other of the {len(lacking)} "
+                    "layers of the same kind has. Leave it out of the state dict that is saved, or save "
+                    "the others, too."
+                )
+            _check_shapes(root, name, {number: layers[number][name].shape for number in holders})
+
+
+def _check_shapes(root: str, name: str, shapes: Mapping[int, tuple[int, ...]]) -> None:
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for number, shape in shapes.items():
+        by_shape.setdefault(shape, []).append(number)
+    if len(by_shape) > 1:
+        (odd, few), *_, (usual, most) = sorted(by_shape.items(), key=lambda item: len(item[1]))
+        raise MismatchError(
+            f"{root}.{few[0]}.{name} has shape {list(odd)}; {len(most)} other layers of the same kind have "
+            f"{list(usual)} (such as layer {most[0]}). {_INCOMPLETE}"
+        )
+
+
+def _mixers(held: Mapping[str, Tensor]) -> frozenset[str]:
+    """The modules of a layer with more than one matrix: attention of one sort or another, state spaces."""
+    counts: dict[str, int] = {}
+    for name, tensor in held.items():
+        if len(tensor.shape) > 1:
+            module = name.partition(".")[0]
+            counts[module] = counts.get(module, 0) + 1
+    return frozenset(module for module, count in counts.items() if count > 1)
+
+
+def _kinds(text: Mapping[str, Any], count: int) -> Any:
+    """A function that gives all that a config says of one layer in particular."""
+    fields = list(_fields(text))
+    # one value per layer; some have another for the layer for multi-token prediction
+    lists = [
+        value
+        for key, value in fields
+        if (isinstance(value, list) and count <= len(value) <= count + 1)
+        or (isinstance(value, str) and len(value) == count and "pattern" in key)
+    ]
+    numbered = [
+        set(value)
+        for _, value in fields
+        if isinstance(value, list) and value and all(type(one) is int and one <= count for one in value)
+    ]
+    periods = [
+        value
+        for key, value in fields
+        if type(value) is int and 1 < value <= count and _PERIODIC.fullmatch(key)
+    ]
+
+    def kind(number: int) -> tuple[Any, ...]:
+        return (
+            *(repr(value[number]) for value in lists),
+            *(number in value for value in numbered),
+            *(number + 1 in value for value in numbered),  # kimi_linear counts from 1
+            *(number % period for period in periods),
+        )
+
+    return kind
+
+
+def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All fields of a config and of those in it."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _fields(value)
+        elif "token" not in key:
+            yield key, value

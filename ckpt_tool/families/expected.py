@@ -1,0 +1,117 @@
+"""Which tensors a family's model has besides its experts: asked of transformers once, and kept in a file.
+
+``tensors.json`` is made by ``tests/engine/model_tables.py`` of the release it names: every family's model
+with its config's fields varied. What all variants have is *required*, what some have is *known*; anything
+else is no tensor of that model. Families whose names transformers changes by no rule are not in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, NamedTuple
+
+from ckpt_tool.families import text_config
+
+
+class Names(NamedTuple):
+    """Names of tensors: of a layer without its path, of others whole. ``known`` has the required, too."""
+
+    required: frozenset[str]
+    known: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A model's tensors under published names.
+
+    ``architecture`` is transformers' class, ``root`` the path of its list of layers, ``tied`` whether it
+    ties its head to its embedding where a config does not say, ``ignored`` what it passes over as it loads.
+    ``towers`` are the beginnings of names of a composite model's other parts.
+    """
+
+    architecture: str
+    root: str
+    tied: bool
+    ignored: tuple[re.Pattern[str], ...]
+    towers: tuple[str, ...]
+    top: Names
+    moe: Names
+    dense: Names
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the class is one that has an output head, and not the bare model in one."""
+        return self.architecture.endswith(("ForCausalLM", "ForConditionalGeneration"))
+
+    @property
+    def text_path(self) -> str:
+        """The path of the text model: what its layers, embedding and norm stand under."""
+        return self.root.rpartition(".")[0]
+
+    @property
+    def head(self) -> str | None:
+        return next((name for name in sorted(self.top.required) if name.endswith("head.weight")), None)
+
+
+def expected_of(config: Mapping[str, Any]) -> Expected | None:
+    """What a ``config.json`` describes; None where the table does not have it."""
+    own, text = config.get("model_type"), text_config(config).get("model_type")
+    known = _table()
+    return next(
+        (known[key] for key in (f"{own}/{text}", own) if isinstance(key, str) and key in known), None
+    )
+
+
+def text_of(config: Mapping[str, Any]) -> Expected | None:
+    """The text model of a composite one's config, as a model by itself; None where it has none."""
+    text = text_config(config)
+    found = None if text is config else expected_of(text)
+    return found if found is not None and found.writes_text else None
+
+
+def composites_of(config: Mapping[str, Any]) -> list[Expected]:
+    """The composite models that a text model may be a part of."""
+    own = expected_of(config)
+    if own is None or own.towers or not own.writes_text:
+        return []
+    layers = (own.moe.known, own.dense.known)
+    return [one for one in _table().values() if one.towers and (one.moe.known, one.dense.known) == layers]
+
+
+def release() -> str:
+    """The release of transformers that the table is of."""
+    return str(_file()["transformers"])
+
+
+@cache
+def _file() -> Mapping[str, Any]:
+    text = (resources.files(__package__) / "tensors.json").read_text(encoding="utf-8")
+    found: Mapping[str, Any] = json.loads(text)
+    return found
+
+
+@cache
+def _table() -> Mapping[str, Expected]:
+    return {name: _expected(table) for name, table in _file()["models"].items()}
+
+
+def _expected(table: Mapping[str, Any]) -> Expected:
+    kinds = {
+        kind: Names(
+            frozenset(table[kind]["required"]), frozenset(table[kind]["required"] + table[kind]["known"])
+        )
+        for kind in ("top", "moe", "dense")
+    }
+    return Expected(
+        architecture=table["class"],
+        root=table["root"],
+        tied=table["tied"],
+        ignored=tuple(map(re.compile, table["ignored"])),
+        towers=tuple(table["towers"]),
+        **kinds,
+    )
