@@ -137,10 +137,11 @@ class Staging:
         self._run = found.run
         self.done = found.files
         self._discard(path for path, file in found.files.items() if not self._is_there(file))
-        for path in self.path.rglob("*"):
-            relative = str(path.relative_to(self.path))
-            if path.is_file() and relative not in self.done and relative != JOURNAL:
-                path.unlink()
+        for directory, _, names in os.walk(self.path, onerror=_raise):
+            for path in map(Path(directory).joinpath, names):
+                relative = str(path.relative_to(self.path))
+                if relative not in self.done and relative != JOURNAL:
+                    path.unlink()
 
     def _is_there(self, file: WrittenFile) -> bool:
         path = self.path / file.path
