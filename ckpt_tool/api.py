@@ -20,6 +20,8 @@ from ckpt_tool.commit import occupied
 from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.conversion import Execution as Execution
 from ckpt_tool.conversion import Outcome, carry_out, check_disk, refuse_own_source, refuse_strangers
+from ckpt_tool.doctor import Diagnosis as Diagnosis
+from ckpt_tool.doctor import Severity, examine, examine_files, tag_file
 from ckpt_tool.duplicates import Copies, find_copies
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.execute.budget import Budget
@@ -333,6 +335,33 @@ def find_copied_experts(
                 "model has some, pass its config.json with --config, which tells their names."
             )
         return find_copies(checkpoint, reader, how.budget(), how.meter)
+    finally:
+        reader.close()
+
+
+@told()
+def doctor(source: PathLike, *, config: PathLike | None = None, how: Execution | None = None) -> Diagnosis:
+    """What is wrong with a checkpoint: its files, its metadata, and every value, which are read once.
+
+    Args:
+        config: the model's ``config.json``; by default one in the checkpoint's directory or the one above.
+
+    Raises:
+        UnreadableError: it is no checkpoint that is read here, and nothing more can be said.
+    """
+    how = how or Execution()
+    path = Path(source)
+    tags = tag_file(path)
+    if any(finding.severity is Severity.ERROR for finding in tags):
+        return Diagnosis(str(path), None, None, 0, 0, tuple(tags), ())
+    given, _ = find_config(path, config)
+    try:
+        reader, checkpoint = open_checkpoint(path)
+    except UnreadableError as error:
+        return examine_files(path, error).with_findings(tags)
+    try:
+        checkpoint = _with_experts(checkpoint, path, config)
+        return examine(checkpoint, reader, given, how.budget(), how.meter).with_findings(tags)
     finally:
         reader.close()
 

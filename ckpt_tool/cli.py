@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from ckpt_tool.report import Progress
 
 _EPILOG = (
-    "Exit codes: 0 done; 1 found wrong (verify); 2 usage; 3 unreadable or unsupported input; 4 failed "
-    "while running; 130 interrupted (Ctrl-C); 143 terminated; 141 nobody reads the output."
+    "Exit codes: 0 done; 1 found wrong (verify, doctor, inspect --check); 2 usage; 3 unreadable or "
+    "unsupported input; 4 failed while running; 130 interrupted (Ctrl-C); 143 terminated; 141 nobody reads "
+    "the output."
 )
 
 app = typer.Typer(
@@ -332,6 +333,32 @@ def verify(
 
 
 @app.command()
+def doctor(
+    src: Source,
+    config: Config = None,
+    max_memory: MaxMemory = _MEMORY,
+    workers: Workers = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what is wrong with a checkpoint: files, metadata and every value, which are read once."""
+    from ckpt_tool import api, report
+    from ckpt_tool.doctor.shown import as_json, as_lines
+
+    with _progress("doctor", quiet or json) as progress:
+        diagnosis = api.doctor(
+            src, config=config, how=_execution(max_memory, workers, True, False, progress)
+        )
+    if json:
+        report.print_json(as_json(diagnosis))
+    else:
+        for line in as_lines(diagnosis, quiet=quiet):
+            typer.echo(line)
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
+
+
+@app.command()
 def families(json: Json = False) -> None:
     """The model families known: what config.json calls them, how published files hold their experts."""
     from ckpt_tool import report
@@ -384,7 +411,7 @@ def parse_size(text: str) -> int:
 def _progress(label: str, quiet: bool) -> Progress:
     from ckpt_tool.report import Progress
 
-    return Progress(label, quiet=quiet, resumable=label not in ("check", "verify"))
+    return Progress(label, quiet=quiet, resumable=label not in ("check", "doctor", "verify"))
 
 
 def _execution(

@@ -8,23 +8,15 @@ after upcycling, where every expert is a copy of one MLP: a reader of the report
 
 from __future__ import annotations
 
-import re
-import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import NamedTuple
 
-import xxhash
-
-from ckpt_tool.canonical import Checkpoint, ExpertName, MoELayer, Tensor
+from ckpt_tool.canonical import Checkpoint, MoELayer
+from ckpt_tool.errors import UnreadableError
 from ckpt_tool.execute.budget import Budget
-from ckpt_tool.execute.gather import gather
 from ckpt_tool.execute.meter import Meter
-from ckpt_tool.execute.threads import in_parallel
-from ckpt_tool.geometry import block_numel, cut, pieces
+from ckpt_tool.statistics import Statistics, layer_of, measure
 from ckpt_tool.storage import Reader
-
-# A fused stack whose family is not known: the experts are its first dimension all the same.
-_FUSED = re.compile(r"(?P<layer>(?:.*\.)?\d+)\..*experts\.\w+")
 
 
 class Copies(NamedTuple):
@@ -56,22 +48,41 @@ class Copies(NamedTuple):
 
 
 def find_copies(checkpoint: Checkpoint, reader: Reader, budget: Budget, meter: Meter) -> list[Copies]:
-    """Hash every expert's matrices, tile by tile within ``budget``, and say which are equal."""
-    stacks = [tensor for tensor in checkpoint.values() if _layer_of(tensor) is not None]
-    meter.start(sum(tensor.nbytes for tensor in stacks))
-    digests = _digests(stacks, reader, budget, meter)
+    """Hash every expert's matrices, tile by tile within ``budget``, and say which are equal.
+
+    Raises:
+        UnreadableError: a file is not as long as it has to be.
+    """
+    stacks = [tensor for tensor in checkpoint.values() if layer_of(tensor) is not None]
+    found = measure(stacks, reader, budget, meter, digests_only=True)
+    for message in found.failures.values():
+        raise UnreadableError(message)
+    return copies_of(checkpoint, found)
+
+
+def copies_of(checkpoint: Checkpoint, statistics: Statistics) -> list[Copies]:
+    """The same of what was hashed before. Pure."""
     layers = {layer.layer_path: layer for layer in checkpoint.moe_layers}
-    found: list[Copies] = []
-    for path, by_expert in _by_layer(stacks, digests).items():
-        found += copies_in(path, by_expert, layers.get(path))
-    return found
+    by_layer: dict[str, dict[int, tuple[bytes, ...]]] = {}
+    for tensor in checkpoint.values():
+        path, one = layer_of(tensor), statistics.tensors.get((tensor.name, tensor.state))
+        if path is None or one is None:
+            continue
+        digests = by_layer.setdefault(path, {})
+        for expert, stats in enumerate(one.parts):
+            digests[expert] = (*digests.get(expert, ()), stats.digest)
+    return [
+        copies
+        for path, digests in by_layer.items()
+        for copies in copies_in(path, digests, layers.get(path))
+    ]
 
 
 def copies_in(
-    path: str, digests: Mapping[int, tuple[str, ...]], layer: MoELayer | None
+    path: str, digests: Mapping[int, tuple[Hashable, ...]], layer: MoELayer | None
 ) -> Iterator[Copies]:
     """Groups of equal experts of one layer, from the digests of each one's matrices. Pure."""
-    groups: dict[tuple[str, ...], list[int]] = {}
+    groups: dict[tuple[Hashable, ...], list[int]] = {}
     for expert, digest in sorted(digests.items()):
         groups.setdefault(digest, []).append(expert)
     place = {
@@ -96,61 +107,3 @@ def _periodic(groups: list[list[int]], count: int) -> bool:
     if period < 2 or period == count or count % period:
         return False
     return all(group == list(range(first, count, period)) for first, group in enumerate(groups))
-
-
-def _layer_of(tensor: Tensor) -> str | None:
-    if isinstance(tensor.name, ExpertName):
-        return tensor.name.layer_path
-    match = _FUSED.fullmatch(tensor.name) if len(tensor.shape) == 3 else None
-    return match["layer"] if match else None
-
-
-def _by_layer(
-    stacks: Iterable[Tensor], digests: Mapping[tuple[int, int], str]
-) -> dict[str, dict[int, tuple[str, ...]]]:
-    """layer -> expert -> the digests of its matrices, in the order of the catalogue."""
-    found: dict[str, dict[int, tuple[str, ...]]] = {}
-    for number, tensor in enumerate(stacks):
-        layer = found.setdefault(_layer_of(tensor) or "", {})
-        for expert in range(tensor.shape[0]):
-            layer[expert] = (*layer.get(expert, ()), digests[number, expert])
-    return found
-
-
-def _expert_block(tensor: Tensor) -> int:
-    """What is best loaded together, judged by the first expert: the others lie as it does."""
-    size = tensor.numel // max(1, tensor.shape[0])
-    return block_numel(tensor, pieces(tensor, 0, size))
-
-
-def _digests(
-    stacks: list[Tensor], reader: Reader, budget: Budget, meter: Meter
-) -> dict[tuple[int, int], str]:
-    """(number of the stack, expert) -> digest of one matrix."""
-    found: dict[tuple[int, int], str] = {}
-    lock = threading.Lock()
-
-    largest = max((_expert_block(tensor) * tensor.dtype.itemsize for tensor in stacks), default=0)
-    tile = budget.tile_for(largest)
-
-    def buffers() -> tuple[memoryview, memoryview]:
-        return memoryview(bytearray(tile)), memoryview(bytearray(tile))
-
-    def one(worker: tuple[memoryview, memoryview], item: tuple[int, int]) -> None:
-        tensor = stacks[item[0]]
-        size = tensor.numel // max(1, tensor.shape[0])
-        start = item[1] * size
-        parts = pieces(tensor, start, size)
-        digest = xxhash.xxh3_128()
-        most = tile // tensor.dtype.itemsize
-        for low, count in cut(start, size, most, block_numel(tensor, parts)):
-            data = worker[0][: count * tensor.dtype.itemsize]
-            gather(reader, tensor, parts, low, count, data, worker[1])
-            digest.update(data)
-            meter.add(len(data))
-        with lock:
-            found[item] = digest.hexdigest()
-
-    items = ((number, expert) for number, tensor in enumerate(stacks) for expert in range(tensor.shape[0]))
-    in_parallel(items, buffers, one, budget.workers)
-    return found

@@ -34,7 +34,7 @@ TARGETS: Mapping[str, TargetFormat] = {
 }
 
 # Files that name the subdirectory to take, in order of preference.
-_TAG_FILES = ("latest", "latest_universal")
+TAG_FILES = ("latest", "latest_universal")
 
 
 def locate(path: Path) -> Path:
@@ -44,12 +44,12 @@ def locate(path: Path) -> Path:
         UnreadableError: there is nothing at the path, or its tag file names a missing directory.
     """
     if is_file(path):
-        if path.name in _TAG_FILES:
+        if path.name in TAG_FILES:
             return _tagged(path)
         return path.parent
     if not is_directory(path):
         raise UnreadableError(f"{path} does not exist.")
-    for tag_file in _TAG_FILES:
+    for tag_file in TAG_FILES:
         if is_file(path / tag_file):
             return _tagged(path / tag_file)
     return _newest_step(path) or path
