@@ -18,7 +18,7 @@ from ckpt_tool import api
 from ckpt_tool.errors import CkptToolError, MismatchError, UnreadableError
 from ckpt_tool.families.expected import expected_of
 from tests.conftest import checkpoint_of, config_of
-from tests.formats.hub_files import noise
+from tests.formats.hub_files import noise, write
 
 Tensors = dict[str, torch.Tensor]
 HOW = api.Execution(fsync=False, workers=1)
@@ -194,6 +194,87 @@ def test_layers_for_multi_token_prediction_that_are_promised_and_absent(
     change(model, without(), num_nextn_predict_layers=1)
     result = api.convert(model, tmp_path / "out", dry_run=True, **target)
     assert any("promises 1 layers for multi-token prediction" in note for note in result.notes)
+
+
+# ---- text models and composites
+
+
+E, H, INNER = 4, 8, 6
+TEXT_CONFIG = {
+    "model_type": "qwen3_5_moe_text", "num_hidden_layers": 1, "num_experts": E, "hidden_size": H,
+    "moe_intermediate_size": INNER, "vocab_size": 12, "layer_types": ["full_attention"],
+}  # fmt: skip
+COMPOSITE_CONFIG = {
+    "model_type": "qwen3_5_moe", "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "tie_word_embeddings": False, "text_config": TEXT_CONFIG, "vision_config": {},
+}  # fmt: skip
+
+
+def text_model(path: str = "model.") -> Tensors:
+    at = f"{path}layers.0."
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{path}embed_tokens.weight": (12, H), f"{path}norm.weight": (H,), "lm_head.weight": (12, H),
+        f"{at}input_layernorm.weight": (H,), f"{at}post_attention_layernorm.weight": (H,),
+        f"{at}self_attn.q_norm.weight": (4,), f"{at}self_attn.k_norm.weight": (4,),
+        f"{at}mlp.gate.weight": (E, H), f"{at}mlp.shared_expert_gate.weight": (1, H),
+        f"{at}mlp.experts.gate_up_proj": (E, 2 * INNER, H), f"{at}mlp.experts.down_proj": (E, H, INNER),
+    }  # fmt: skip
+    shapes |= {f"{at}self_attn.{name}_proj.weight": (8, H) for name in "qkvo"}
+    shapes |= {f"{at}mlp.shared_expert.{name}_proj.weight": (H, H) for name in ("gate", "up", "down")}
+    return {name: noise(*shape) for name, shape in shapes.items()}
+
+
+TOWER = {"model.visual.patch_embed.proj.weight": noise(3, 3)}
+
+
+def test_a_text_model_with_the_composites_config_gets_its_own(tmp_path: Path) -> None:
+    source = write(tmp_path / "model", COMPOSITE_CONFIG, text_model())
+    result = api.convert(source, tmp_path / "out", to="hf", verify=True, how=HOW)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == (
+        "qwen3_5_moe_text",
+        ["Qwen3_5MoeForCausalLM"],
+    )
+    assert config["tie_word_embeddings"] is False
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == text_model().keys()
+    assert any("text model alone" in note for note in result.notes)
+
+
+@TARGETS
+def test_a_text_model_with_the_composites_config_starts_a_run_of_the_text_model(
+    target: dict[str, Any], tmp_path: Path
+) -> None:
+    source = write(tmp_path / "model", COMPOSITE_CONFIG, text_model())
+    result = api.convert(source, tmp_path / "out", dry_run=True, **target)
+    assert any("text model alone" in note for note in result.notes)
+
+
+def test_a_composite_with_its_text_models_config_becomes_the_text_model(tmp_path: Path) -> None:
+    source = write(tmp_path / "model", TEXT_CONFIG, text_model("model.language_model.") | TOWER)
+    result = api.convert(source, tmp_path / "out", to="hf", verify=True, how=HOW)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == text_model().keys()
+    assert any("1 tensors of other parts are left out" in note for note in result.notes)
+    assert list(result.left_out) == ["model.visual.patch_embed.proj.weight [weight]"]
+
+
+def test_a_composite_whose_text_model_has_the_text_models_names(tmp_path: Path) -> None:
+    source = write(tmp_path / "model", COMPOSITE_CONFIG, text_model() | TOWER)
+    api.convert(source, tmp_path / "out", to="hf", verify=True, how=HOW)
+    found = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert found == {*text_model("model.language_model."), *TOWER}
+
+
+def test_a_composite_without_its_towers(tmp_path: Path) -> None:
+    source = write(tmp_path / "model", COMPOSITE_CONFIG, text_model("model.language_model."))
+    result = api.convert(source, tmp_path / "out", to="hf", dry_run=True)
+    assert any("model.visual. would begin with random values" in note for note in result.notes)
+
+
+def test_a_composite_under_another_root(tmp_path: Path) -> None:
+    source = write(tmp_path / "model", COMPOSITE_CONFIG, text_model("model.language_model.language_model."))
+    refused(
+        source, "under model.language_model.layers or model.layers: nothing would be loaded", {"to": "hf"}
+    )
 
 
 # ---- adapters
