@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from ckpt_tool.errors import CkptToolError, UnreadableError, UsageError
+from ckpt_tool.formats.beside import DEEPSPEED_FILES
 from ckpt_tool.formats.dcp.reading.beside import find_beside
 from ckpt_tool.formats.registry import open_checkpoint
 from ckpt_tool.manifest import JOURNAL, MANIFEST, read_manifest
@@ -24,12 +24,6 @@ TAG_FILES = frozenset({"latest", "latest_universal"})
 # DeepSpeed copies this script beside its tags (runtime/engine.py, ``_copy_recovery_script``).
 _BESIDE_TAGS = TAG_FILES | {"zero_to_fp32.py"}
 _LONGEST_TAG = 4096  # bytes
-# What ranks of any stage save (runtime/engine.py, ``_get_ckpt_name`` and its like).
-_DEEPSPEED = re.compile(
-    r"((bf16_|fp16_)?zero_pp_rank_\d+_)?mp_rank_\d+(_\d+)?_(model|optim)_states\.pt"
-    r"|expp_rank_\d+_mp_rank_\d+_optim_states\.pt"
-    r"|layer_-?\d+_expert_\d+_mp_rank_\d+_model_states\.pt"
-)
 # What ``save_pretrained`` of models and processors writes beside the weights (transformers 5.20).
 _PUBLISHED = frozenset(
     {
@@ -108,7 +102,7 @@ def _known(directory: Path, present: list[str]) -> tuple[set[str], CkptToolError
 def _beside(format_name: str, reader: Reader) -> set[str]:
     names = set(reader.list())
     if format_name.startswith("deepspeed"):
-        return {name for name in names if _DEEPSPEED.fullmatch(name)}
+        return {name for name in names if DEEPSPEED_FILES.fullmatch(name)}
     if format_name == "torch-dcp":
         found = find_beside(reader)
         others = {path for path, _ in found.extra_states} | ({"config.json"} & names)

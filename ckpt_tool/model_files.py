@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.families import family_of
+from ckpt_tool.formats.beside import is_models
 from ckpt_tool.formats.registry import locate
-from ckpt_tool.manifest import MANIFEST
 from ckpt_tool.storage import LocalReader, is_directory, is_file
 from ckpt_tool.system_errors import reading_failed
 
-# Beside its weights, what a published model directory consists of.
-_CARRIED_OVER = re.compile(
-    r"(README|LICEN[CS]E|NOTICE|USE_POLICY|tokenizer|vocab|audio|image_processor|chat_template)"
-    r"|(?!zero_to_fp32)\w+\.py$|.*\.(tiktoken|model|spm|jinja)$|merges\.txt$"
-    r"|(generation_config|special_tokens_map|added_tokens|normalizer|(pre|video_pre)?processor_config|params)"
-    r"\.json$"
-)
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 # One of these at least is in every DeepSpeed config (deepspeed 0.19.8, runtime/config.py).
 _DS_FIELDS = frozenset(
     {"train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization", "optimizer", "bf16", "fp16"}
@@ -115,15 +106,13 @@ def read_ds_config(file: Path, to: str) -> Mapping[str, Any]:
 
 
 def left_behind(source: Path, carried: Mapping[str, bytes]) -> tuple[str, ...]:
-    """A note that names the files of a published model which are not carried over; none where all are."""
+    """A note that names a published model's small files which are not carried over; none where all are.
+    What else is there, the source's own notes name (``formats.beside``)."""
     root = locate(source)
     names = [
         entry.name
         for entry in map(root.joinpath, LocalReader(root).list())
-        if is_file(entry)
-        and not entry.name.startswith(".")
-        and not entry.name.endswith(_WEIGHTS)
-        and entry.name not in ("config.json", MANIFEST, *carried)
+        if is_file(entry) and is_models(entry.name) and entry.name not in carried
     ]
     return (f"Not carried over: {', '.join(names)}.",) if names else ()
 
@@ -131,7 +120,7 @@ def left_behind(source: Path, carried: Mapping[str, bytes]) -> tuple[str, ...]:
 def _beside(directory: Path) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for path in map(directory.joinpath, LocalReader(directory).list()):
-        if not _CARRIED_OVER.match(path.name) or path.name.endswith(_WEIGHTS) or not is_file(path):
+        if not is_models(path.name) or not is_file(path):
             continue
         try:
             if path.stat().st_size <= _LARGEST:

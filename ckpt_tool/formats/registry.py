@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.families import adapters
 from ckpt_tool.formats.base import SourceFormat, TargetFormat
+from ckpt_tool.formats.beside import beside_tags, not_understood
 from ckpt_tool.formats.dcp.format import Dcp
 from ckpt_tool.formats.deepspeed.reading.zero0 import Zero0
 from ckpt_tool.formats.deepspeed.reading.zero3 import Zero3
@@ -89,6 +91,12 @@ def _is_checkpoint(path: Path) -> bool:
     return any(candidate.recognises(reader) for candidate in SOURCES)
 
 
+def _above(path: Path, directory: Path) -> tuple[str, ...]:
+    """What is to be said of the directory that a tag file lies in."""
+    parent = path if is_directory(path) else path.parent
+    return () if parent == directory else beside_tags(parent, directory, _is_checkpoint)
+
+
 def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
     """Read the catalogue of the checkpoint at ``path``, whatever its format."""
     directory = locate(path)
@@ -96,7 +104,9 @@ def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
     for candidate in SOURCES:
         if candidate.recognises(reader):
             try:
-                return reader, unwrapped_checkpoint(candidate.read(reader))
+                found = unwrapped_checkpoint(candidate.read(reader))
+                notes = (*found.notes, *not_understood(reader, found), *_above(path, directory))
+                return reader, replace(found, notes=notes)
             except UnicodeEncodeError:  # a name that the locale cannot express
                 reader.close()
                 raise

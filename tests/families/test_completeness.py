@@ -349,6 +349,33 @@ def test_another_file_beside_a_model_file_is_not_read(model: Path) -> None:
     api.convert(model, model.parent / "out", to="hf", dry_run=True)
 
 
+# ---- what lies beside a checkpoint
+
+
+@pytest.mark.parametrize("kind", ["hf", "dcp", "zero3", "universal"])
+def test_what_is_not_understood_beside_a_checkpoint_is_named(kind: str, tmp_path: Path) -> None:
+    given = {"config": config_of("qwen2_moe_w2e2")} if kind in ("hf", "dcp") else {}
+    api.convert(checkpoint_of("qwen2_moe_w2e2"), tmp_path / "source", to=kind, how=HOW, **given)
+    assert not any("no part of it" in note for note in api.open(tmp_path / "source").notes)
+    root = Path(api.open(tmp_path / "source").root)
+    (root / "progress.json").write_text("{}")
+    (root / "logs").mkdir()
+    for number in range(9):
+        (root / f"x{number}.txt").write_text("")
+    target = {"to": "hf", "config": config_of("qwen2_moe_w2e2")}
+    result = api.convert(tmp_path / "source", tmp_path / "out", dry_run=True, **target)
+    (note,) = (note for note in result.notes if "no part of it" in note)
+    assert "logs/, progress.json, x0.txt, x1.txt, x2.txt and 6 more" in note
+
+
+def test_a_trainers_state_beside_the_tags_is_named(tmp_path: Path) -> None:
+    shutil.copytree(checkpoint_of("qwen2_moe_w2e2"), tmp_path / "run")
+    (tmp_path / "run" / "zero_to_fp32.py").write_text("")
+    (tmp_path / "run" / "trainer_state.json").write_text("{}")
+    (note,) = (note for note in api.open(tmp_path / "run").notes if "no part of it" in note)
+    assert "is known: trainer_state.json. Not read" in note
+
+
 def test_the_table_has_every_model_type_that_a_family_tells_names_of() -> None:
     for kind in ("qwen3_5_moe", "qwen3_5_moe_text", "llama4", "llama4_text", "mixtral", "llama", "gpt_oss"):
         found = expected_of({"model_type": kind})
