@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from ckpt_tool.formats.deepspeed.writing.module_order import with_module_order
 from ckpt_tool.formats.hf.quantised import refuse_unreadable
 from ckpt_tool.formats.registry import TARGETS, locate, open_checkpoint
 from ckpt_tool.integrity import check, check_files
-from ckpt_tool.manifest import manifest_root, read_manifest
+from ckpt_tool.manifest import read_manifest
 from ckpt_tool.model_files import (
     check_same_family,
     find_config,
@@ -46,6 +46,7 @@ from ckpt_tool.model_files import (
 )
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader
+from ckpt_tool.sums import own_manifest
 from ckpt_tool.system_errors import told
 from ckpt_tool.values import check_replicas
 from ckpt_tool.wrappers import as_saved
@@ -72,7 +73,11 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a conversion did, or with ``dry_run`` would do. Sizes in bytes."""
+    """What a conversion did, or with ``dry_run`` would do. Sizes in bytes.
+
+    ``checked_bytes`` of the source were compared with its own checksums; ``unchecked_bytes`` were read and
+    were not, by the reason.
+    """
 
     source: str
     source_format: str
@@ -85,6 +90,8 @@ class Result:
     casts: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
     verdict: Verdict | None = None
+    checked_bytes: int = 0
+    unchecked_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def disk_bytes(self) -> int:
@@ -234,6 +241,8 @@ def convert(
         casts=tuple((cast.label, cast.source, cast.target) for cast in plan.casts),
         notes=(*layout.notes, *files_left, *outcome.notes),
         verdict=outcome.verdict,
+        checked_bytes=outcome.checked.right if outcome.checked else 0,
+        unchecked_bytes=outcome.checked.others if outcome.checked else {},
     )
 
 
@@ -411,9 +420,11 @@ def _with_experts(checkpoint: Checkpoint, source: Path, config: PathLike | None)
 def _verify_one(path: Path, budget: Budget, how: Execution) -> Verdict:
     """Against its manifest and its own checksums; where it cannot be read any more, the manifest tells
     which files are damaged."""
-    root = LocalReader(manifest_root(locate(path)))
+    directory = locate(path)
+    own = own_manifest(path if path.is_dir() and read_manifest(path) is not None else directory)
+    manifest = own[1] if own else None
+    root = LocalReader(own[0] if own else directory)
     try:
-        manifest = read_manifest(Path(root.root))
         try:
             reader, checkpoint = open_checkpoint(path)
         except UnreadableError:

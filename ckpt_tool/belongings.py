@@ -14,15 +14,13 @@ from pathlib import Path
 from ckpt_tool.errors import CkptToolError, UnreadableError, UsageError
 from ckpt_tool.formats.beside import DEEPSPEED_FILES
 from ckpt_tool.formats.dcp.reading.beside import find_beside
-from ckpt_tool.formats.registry import open_checkpoint
+from ckpt_tool.formats.registry import TAG_FILES, open_checkpoint
 from ckpt_tool.manifest import JOURNAL, MANIFEST, read_manifest
 from ckpt_tool.replacing import Owned, entries, named
 from ckpt_tool.storage import Reader
 
-# Files of a run's directory that name the tag to load (deepspeed 0.19.8, runtime/engine.py).
-TAG_FILES = frozenset({"latest", "latest_universal"})
 # DeepSpeed copies this script beside its tags (runtime/engine.py, ``_copy_recovery_script``).
-_BESIDE_TAGS = TAG_FILES | {"zero_to_fp32.py"}
+_BESIDE_TAGS = frozenset({*TAG_FILES, "zero_to_fp32.py"})
 _LONGEST_TAG = 4096  # bytes
 # What ``save_pretrained`` of models and processors writes beside the weights (transformers 5.20).
 _PUBLISHED = frozenset(
@@ -118,7 +116,7 @@ def _tag_of(result: Iterable[str]) -> tuple[str | None, frozenset[str]]:
     tops = {path.partition("/")[::2] for path in result}
     directories = {top for top, rest in tops if rest}
     files = frozenset(top for top, rest in tops if not rest)
-    tag = directories.pop() if len(directories) == 1 and files <= TAG_FILES else None
+    tag = directories.pop() if len(directories) == 1 and files.issubset(TAG_FILES) else None
     return tag, files
 
 
@@ -148,7 +146,7 @@ def _one_tag(destination: Path, tag: str, beside: frozenset[str]) -> Owned:
         raise UsageError(f"{error} Move it away, or choose another destination.") from error
     if manifest is not None:
         others = [path for path in (file.path for file in manifest.files) if path.partition("/")[0] != tag]
-        if set(others) - TAG_FILES:
+        if set(others).difference(TAG_FILES):
             raise UsageError(
                 f"{destination / MANIFEST} holds the checksums of another checkpoint, of {others[0]}, and "
                 "would be replaced. Choose another destination."

@@ -436,6 +436,8 @@ def _print_result(result: Result, *, dry_run: bool, json: bool, quiet: bool) -> 
                 "bytes_read": result.bytes_read,
                 "bytes_written": result.bytes_written,
                 "files": result.files,
+                "checked_bytes": result.checked_bytes,
+                "unchecked_bytes": dict(result.unchecked_bytes),
                 "peak_memory_bytes": result.peak_memory_bytes,
                 "disk_bytes": result.disk_bytes,
                 "left_out": dict(result.left_out),
@@ -455,6 +457,8 @@ def _print_result(result: Result, *, dry_run: bool, json: bool, quiet: bool) -> 
     ]
     if dry_run:
         fields.append(("disk", f"{report.human_bytes(result.disk_bytes)} needed"))
+    if result.checked_bytes or result.unchecked_bytes:
+        fields.append(("checked", _checked(result)))
     if result.casts:
         kinds = sorted({f"{source} -> {target}" for _, source, target in result.casts})
         fields.append(("cast", f"{len(result.casts)} tensors, {', '.join(kinds)}"))
@@ -473,6 +477,18 @@ def _print_result(result: Result, *, dry_run: bool, json: bool, quiet: bool) -> 
     if not quiet:
         for note in result.notes + (result.verdict.notes if result.verdict else ()):
             report.say(f"note: {note}")
+
+
+def _checked(result: Result) -> str:
+    """What of the source was compared with its own checksums, and why the rest was not."""
+    from ckpt_tool import report
+
+    said = [f"{report.human_bytes(result.checked_bytes)} of the source, by its own checksums"]
+    said += [
+        f"not {report.human_bytes(size)}: {why}"
+        for why, size in sorted(result.unchecked_bytes.items(), key=lambda item: -item[1])
+    ]
+    return "; ".join(said)
 
 
 def _print_verdict(verdict: Verdict, *, compared: bool, json: bool, quiet: bool) -> None:

@@ -17,18 +17,20 @@ from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.commit import Staging, occupied
 from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.containers.decoded import files_behind
-from ckpt_tool.errors import CkptToolError, ExecutionError, UnreadableError, UsageError
+from ckpt_tool.errors import CkptToolError, DamagedError, ExecutionError, UsageError
 from ckpt_tool.execute.budget import MIB, Budget
+from ckpt_tool.execute.checked import Checked, CheckingReader
 from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.registry import open_checkpoint
-from ckpt_tool.integrity import check
+from ckpt_tool.integrity import check, none_proven
 from ckpt_tool.layout import TargetFile
 from ckpt_tool.plan import Plan, copies
 from ckpt_tool.published import finish, is_published, is_what_it_would_be
 from ckpt_tool.replacing import Owned
 from ckpt_tool.storage import LocalWriter, Reader
+from ckpt_tool.sums import COPY_AGAIN, ON_PURPOSE, SourceSums, listed_below, own_manifest
 
 DEFAULT_MAX_MEMORY = 1024 * MIB
 
@@ -58,6 +60,7 @@ class Outcome(NamedTuple):
 
     verdict: Verdict | None
     notes: tuple[str, ...] = ()
+    checked: Checked | None = None
 
 
 def carry_out(
@@ -75,14 +78,12 @@ def carry_out(
     an earlier run of the same command published is found to be it and not written again.
 
     Args:
-        verify_result: check the source's checksums first and compare the result before it is published.
+        verify_result: compare all of the source's checksums, and the result, before it is published.
 
     Raises:
         ExecutionError: disk, storage, or the source changed.
-        UnreadableError: the source is damaged (with ``verify_result``).
+        DamagedError: the source is not what its own checksums say.
     """
-    if verify_result:
-        _verify_source(reader, checkpoint, budget)
     kept = checkpoint.select(
         tensor for tensor in checkpoint.tensors if tensor.label() not in plan.layout.left_out
     )
@@ -96,30 +97,44 @@ def carry_out(
         plan, reader, destination, budget, how.meter
     ):
         if verify_result:
+            _verify_source(reader, checkpoint, budget)
             verdict = _verify_result(plan, destination, reader, kept, options, budget, how)
         _refuse_changed(reader)
         how.on_published(destination)
         finish(destination, judge, overwrite=how.overwrite)
         note = f"{destination} was there already, written by this command, and is what it would be now."
         return Outcome(verdict, (note,))
+    checking = CheckingReader(reader, SourceSums(reader, checkpoint.files))
     staging = Staging(destination, identity, overwrite=how.overwrite, fsync=how.fsync, judge=judge)
     try:
         staging.begin(
             reader.states(),
             lambda: ((file.path, sources_of(file)) for file in plan.files if staging.is_done(file)),
         )
+        resumed = bool(staging.done)
         left = plan.bytes_written - sum(file.size for file in staging.done.values())
         check_disk(staging.path, left)
         how.meter.start(left)
-        execute(
-            plan,
-            reader,
-            LocalWriter(staging.path, fsync=how.fsync),
-            budget,
-            meter=how.meter,
-            skip=staging.is_done,
-            on_file=staging.add,
-        )
+        try:
+            execute(
+                plan,
+                checking,
+                LocalWriter(staging.path, fsync=how.fsync),
+                budget,
+                meter=how.meter,
+                skip=staging.is_done,
+                on_file=staging.add,
+            )
+            checking.finish(budget.tile)
+            if verify_result:
+                _verify_source(reader, checkpoint, budget, checking)
+        except DamagedError as error:
+            staging.discard(
+                file.path
+                for file in plan.files
+                if staging.is_done(file) and not error.files.isdisjoint(sources_of(file))
+            )
+            raise
         if verify_result:
             try:
                 verdict = _verify_result(plan, staging.path, reader, kept, options, budget, how)
@@ -132,7 +147,7 @@ def carry_out(
         if staging.published():
             how.on_published(destination)
         staging.close()
-    return Outcome(verdict)
+    return Outcome(verdict, (), checking.result(resumed=resumed, all_else=verify_result))
 
 
 def _refuse_changed(reader: Reader) -> None:
@@ -144,13 +159,27 @@ def _refuse_changed(reader: Reader) -> None:
         )
 
 
-def _verify_source(reader: Reader, checkpoint: Checkpoint, budget: Budget) -> None:
-    """Damage in the source would be copied faithfully; its archives' CRCs tell."""
-    verdict = check(checkpoint, reader, None, reader, budget, meter=Silent())
-    if not verdict.passed:
-        raise UnreadableError(
-            f"The source is damaged: {verdict.differences[0].message} ({len(verdict.differences)} in all). "
-            "Copy it again from where it was saved."
+def _verify_source(
+    reader: Reader, checkpoint: Checkpoint, budget: Budget, checking: CheckingReader | None = None
+) -> None:
+    """Damage in the source would be copied faithfully; its checksums tell, those that were not compared
+    while it was copied as well.
+
+    Raises:
+        DamagedError: something is not what was saved.
+    """
+    own = own_manifest(Path(reader.root))
+    manifest = listed_below(*own, Path(reader.root)) if own else None
+    proven = checking.is_right if checking else none_proven
+    verdict = check(checkpoint, reader, manifest, reader, budget, meter=Silent(), proven=proven)
+    used = {file.path for file in checkpoint.files}
+    wrong = [found for found in verdict.differences if found.kind != "extra" or found.name in used]
+    if wrong:
+        remedy = f"{COPY_AGAIN} {ON_PURPOSE}" if own else COPY_AGAIN
+        raise DamagedError(
+            f"The source in {reader.root} is damaged: {wrong[0].message} ({len(wrong)} in all). Nothing "
+            f"was published. {remedy}",
+            {found.name for found in wrong},
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class CkptToolError(Exception):
     """Something a user can act on. The message says what, where, and what to do."""
@@ -31,6 +33,14 @@ class CoverageError(UnreadableError):
 
 class MismatchError(UnreadableError):
     """Two things that must agree do not: ranks of one checkpoint, or a checkpoint and its config."""
+
+
+class DamagedError(UnreadableError):
+    """Files are not what their own checksums say; ``files`` names them, relative to the checkpoint."""
+
+    def __init__(self, message: str, files: Iterable[str]) -> None:
+        super().__init__(message)
+        self.files = frozenset(files)
 
 
 class ExecutionError(CkptToolError):
