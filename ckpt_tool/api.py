@@ -21,7 +21,7 @@ from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.conversion import Execution as Execution
 from ckpt_tool.conversion import Outcome, carry_out, check_disk, refuse_own_source, refuse_strangers
 from ckpt_tool.doctor import Diagnosis as Diagnosis
-from ckpt_tool.doctor import Severity, examine, examine_files, tag_file
+from ckpt_tool.doctor import Severity, examine, examine_files, tag_file, unusable_config
 from ckpt_tool.duplicates import Copies, find_copies
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.execute.budget import Budget
@@ -363,14 +363,21 @@ def doctor(source: PathLike, *, config: PathLike | None = None, how: Execution |
     tags = tag_file(path)
     if any(finding.severity is Severity.ERROR for finding in tags):
         return Diagnosis(str(path), None, None, 0, 0, tuple(tags), ())
-    given, _ = find_config(path, config)
+    found: Mapping[str, Any] | None = None
+    try:
+        found, _ = find_config(path, config)
+    except (UnreadableError, UsageError) as error:
+        if config is not None:
+            raise
+        tags.append(unusable_config(error))
     try:
         reader, checkpoint = open_checkpoint(path)
     except UnreadableError as error:
         return examine_files(path, error).with_findings(tags)
     try:
-        checkpoint = _with_experts(checkpoint, path, config)
-        return examine(checkpoint, reader, given, how.budget(), how.meter).with_findings(tags)
+        if found is not None:
+            checkpoint = _with_experts(checkpoint, path, config)
+        return examine(checkpoint, reader, found, how.budget(), how.meter).with_findings(tags)
     finally:
         reader.close()
 

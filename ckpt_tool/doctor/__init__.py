@@ -16,12 +16,14 @@ from typing import Any
 
 from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.doctor import catalogue, deepspeed, values
+from ckpt_tool.doctor.catalogue import unusable_config as unusable_config
 from ckpt_tool.doctor.findings import Case as Case
 from ckpt_tool.doctor.findings import Diagnosis as Diagnosis
 from ckpt_tool.doctor.findings import Finding as Finding
 from ckpt_tool.doctor.findings import Severity as Severity
-from ckpt_tool.doctor.survey import survey, tag_file
-from ckpt_tool.errors import CkptToolError, ExecutionError, MismatchError, UsageError
+from ckpt_tool.doctor.survey import survey
+from ckpt_tool.doctor.survey import tag_file as tag_file
+from ckpt_tool.errors import CkptToolError, CoverageError, ExecutionError, MismatchError, UsageError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.families import family_of
@@ -30,6 +32,8 @@ from ckpt_tool.statistics import measure
 from ckpt_tool.storage import Reader
 from ckpt_tool.values import check_replicas
 
+# What a reader found that is wrong with the checkpoint, and no limit of the reader.
+_KINDS: dict[type[CkptToolError], str] = {CoverageError: "coverage", MismatchError: "contradiction"}
 CHECKS = (*catalogue.CHECKS, *deepspeed.CHECKS, *values.CHECKS)
 
 
@@ -75,12 +79,12 @@ def examine_files(path: Path, error: CkptToolError) -> Diagnosis:
             contradict each other.
     """
     findings = survey(path)
-    if isinstance(error, MismatchError) or findings:
-        known = [finding.message for finding in findings]
-        if not any(str(error).startswith(message) for message in known):
+    kind = _KINDS.get(type(error))
+    if findings or kind is not None:
+        if not any(str(error) in finding.message for finding in findings):
             findings.append(
                 Finding(
-                    "unreadable",
+                    kind or "unreadable",
                     Severity.ERROR,
                     str(error),
                     "The checkpoint cannot be loaded as a whole. Values were not examined.",
@@ -151,6 +155,3 @@ def _not_checked(case: Case) -> list[str]:
             "which tells their names."
         )
     return notes
-
-
-__all__ = ["CHECKS", "Case", "Diagnosis", "Finding", "Severity", "examine", "examine_files", "tag_file"]

@@ -99,6 +99,19 @@ def experts_of_the_config(case: Case) -> Iterable[Finding]:
     )
 
 
+def unusable_config(error: Exception) -> Finding:
+    """A config.json beside the checkpoint that cannot be read, as ``error`` says."""
+    return Finding(
+        "config",
+        Severity.WARNING,
+        str(error),
+        "transformers and ckpt-tool take the model's description from it. The checkpoint was not "
+        "compared with "
+        "it.",
+        "Copy it again from the model, or pass another with --config.",
+    )
+
+
 def agrees_with_the_config(case: Case) -> Iterable[Finding]:
     """Everything else that ``families`` compares."""
     family = _family(case)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ckpt_tool.canonical import WEIGHT
 from ckpt_tool.containers.dcp_metadata import BytesEntry, read_metadata
-from ckpt_tool.containers.pickle_records import TensorRecord
+from ckpt_tool.containers.pickle_records import Opaque, TensorRecord
 from ckpt_tool.containers.safetensors import SafetensorsFile
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.doctor.findings import Finding, Severity, found
@@ -147,6 +147,9 @@ class _Said:
             archive = TorchArchive(reader, path)
             root = archive.root if isinstance(archive.root, dict) else {}
             self.values = {key: root[key] for key in (*_OF_THE_RUN, "num_experts") if key in root}
+            zero = root.get("optimizer_state_dict")
+            stage = zero.get("zero_stage") if isinstance(zero, dict) else None
+            self.values["stage"] = stage.args[0] if isinstance(stage, Opaque) else stage
             steps = {f"{scalar_state(archive, step).value:g}" for step in _steps(root)}
             if steps:
                 self.values["the optimizer's step"] = " and ".join(sorted(steps))
@@ -186,9 +189,14 @@ def _ranks(reader: Reader) -> Iterator[Finding]:
     highest = max((rank for files in by_kind.values() for rank in files), default=-1) + 1
     world = worlds.most_common(1)[0][0] if worlds else highest
     missing, foreign = [], []
+    by_rank = any(
+        MODEL.fullmatch(one.path) or one.values.get("stage") == 3 for one in said
+    )  # else one of all
+    if not by_rank and not model_files:
+        missing.append("mp_rank_00_model_states.pt")
     for pattern, files in by_kind.items():
-        if not files and (pattern is MODEL) == bool(model_files):
-            continue  # stages 0 to 2 have one model file
+        if not files and not by_rank:
+            continue  # weights alone, in stages 0 to 2
         example = next(iter(files.values()), _example(pattern, by_kind))
         missing += [
             re.sub(r"rank_\d+", f"rank_{r}", example, count=1) for r in range(world) if r not in files
