@@ -582,23 +582,26 @@ class _Comparing:
         master, weight = cells[self._master], cells[self._weight]
         numel = len(weight) // target.itemsize
         one, other, flags = worker.scratch(numel)
-        if source is not target and target.itemsize <= source.itemsize:
+        same = source is target
+        if same or target.itemsize > source.itemsize:
+            rounded = master
+        else:
             rounded = one.data.cast("B")[: len(weight)]
             cast(master, source, rounded, target)
-        else:
-            rounded = master
-        if source is target or target.itemsize <= source.itemsize:
-            kind = f"u{target.itemsize}"
-            unlike = np.not_equal(np.frombuffer(rounded, kind), np.frombuffer(weight, kind), out=flags)
-        else:
-            unlike = np.not_equal(worker.floats(source, master, one), worker.floats(target, weight, other))
-        self._numel += numel
-        if unlike.any():
-            # what is no number on both sides is said elsewhere
-            nan = np.isnan(worker.floats(source, master, one)) & np.isnan(
-                worker.floats(target, weight, other)
-            )
-            self._differing += int(np.count_nonzero(unlike & ~nan))
+        with np.errstate(invalid="ignore"):
+            if same or target.itemsize <= source.itemsize:
+                bits = f"u{target.itemsize}"
+                unlike = np.not_equal(np.frombuffer(rounded, bits), np.frombuffer(weight, bits), out=flags)
+            else:
+                unlike = np.not_equal(
+                    worker.floats(source, master, one), worker.floats(target, weight, other), out=flags
+                )
+            self._numel += numel
+            if unlike.any():
+                # what is no number on both sides is said elsewhere
+                nan = np.isnan(worker.floats(source, master, one))
+                nan &= np.isnan(worker.floats(target, weight, other))
+                self._differing += int(np.count_nonzero(unlike & ~nan))
 
     def found(self) -> Rounding | None:
         return Rounding(self._numel, self._differing) if self._applies else None
