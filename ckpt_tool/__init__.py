@@ -15,13 +15,14 @@ __all__ = [
     "__version__",
     "consolidate",
     "convert",
+    "doctor",
     "open",
     "reshard",
     "verify",
 ]
 
 if TYPE_CHECKING:
-    from ckpt_tool.api import Execution, consolidate, convert, open, reshard, verify
+    from ckpt_tool.api import Execution, consolidate, convert, doctor, open, reshard, verify
     from ckpt_tool.errors import CkptToolError
 
 

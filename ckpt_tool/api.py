@@ -20,8 +20,8 @@ from ckpt_tool.commit import occupied
 from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.conversion import Execution as Execution
 from ckpt_tool.conversion import Outcome, carry_out, check_disk, refuse_own_source, refuse_strangers
-from ckpt_tool.doctor import Diagnosis as Diagnosis
-from ckpt_tool.doctor import Severity, examine, examine_files, tag_file, unusable_config
+from ckpt_tool.diagnosis import Diagnosis as Diagnosis
+from ckpt_tool.diagnosis import Severity, examine, examine_files, tag_file, unusable_config
 from ckpt_tool.duplicates import Copies, find_copies
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.execute.budget import Budget

@@ -343,7 +343,7 @@ def doctor(
 ) -> None:
     """Say what is wrong with a checkpoint: files, metadata and every value, which are read once."""
     from ckpt_tool import api, report
-    from ckpt_tool.doctor.shown import as_json, as_lines
+    from ckpt_tool.diagnosis.shown import as_json, as_lines
 
     with _progress("doctor", quiet or json) as progress:
         diagnosis = api.doctor(

@@ -13,12 +13,11 @@ import torch
 import xxhash
 
 from benchmarks.measure import measure as measured
-from ckpt_tool import statistics
 from ckpt_tool.canonical import CASTABLE, DType, ExpertName, Tensor
 from ckpt_tool.execute.budget import KIB, MIB, Budget
 from ckpt_tool.execute.meter import Silent
 from ckpt_tool.geometry import Axis, take
-from ckpt_tool.statistics import Statistics, Stats, measure
+from ckpt_tool.statistics import Statistics, Stats, measure, measuring
 from ckpt_tool.storage import LocalReader
 from tests.conftest import ROOT, raw, some_of, stored
 
@@ -97,7 +96,7 @@ def test_tensors_that_several_workers_share(tmp_path: Path, monkeypatch: pytest.
     tensor = some_of(torch.float32, 10_000, seed=5)
     known = stored(tmp_path, {"a": tensor})
     whole = found(tmp_path, list(known.values())).tensors["a", "weight"].whole
-    monkeypatch.setattr(statistics, "_EXTENT", 999)
+    monkeypatch.setattr(measuring, "_EXTENT", 999)
     shared = found(tmp_path, list(known.values())).tensors["a", "weight"].whole
     assert shared[:6] == whole[:6]
     assert shared.squares == pytest.approx(whole.squares, rel=1e-6)

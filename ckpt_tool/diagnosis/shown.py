@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ckpt_tool.doctor.findings import Diagnosis
+from ckpt_tool.diagnosis.findings import Diagnosis
 from ckpt_tool.report import human_bytes
 
 

@@ -17,7 +17,7 @@ from ckpt_tool.containers.dcp_metadata import BytesEntry, read_metadata
 from ckpt_tool.containers.pickle_records import Opaque, TensorRecord
 from ckpt_tool.containers.safetensors import SafetensorsFile
 from ckpt_tool.containers.torch_zip import TorchArchive
-from ckpt_tool.doctor.findings import Finding, Severity, found
+from ckpt_tool.diagnosis.findings import Finding, Severity, found
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.formats.dcp.contents import metadata_files
 from ckpt_tool.formats.deepspeed.facts.file_names import MODEL, OPTIMIZER

@@ -8,7 +8,7 @@ import pytest
 
 from ckpt_tool import api
 from ckpt_tool.errors import CkptToolError
-from tests.doctor.tools import fixtures, source_of
+from tests.diagnosis.tools import fixtures, source_of
 
 FAST = api.Execution(fsync=False, workers=2)
 TARGETS = ("universal", "dcp", "hf", "zero1", "zero2", "zero3")

@@ -12,10 +12,10 @@ import pytest
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ckpt_tool import api
-from ckpt_tool.doctor import Finding
+from ckpt_tool.diagnosis import Finding
 from ckpt_tool.errors import UnreadableError
 from tests.conftest import checkpoint_of, config_of, copy_fixture, run_cli
-from tests.doctor.tools import edit, examined, model, optim
+from tests.diagnosis.tools import edit, examined, model, optim
 from tests.formats.dcp_tools import CHECKPOINTS
 
 QUICK = api.Execution(fsync=False, workers=2)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 from ckpt_tool.canonical import EXP_AVG, EXP_AVG_SQ, MASTER, WEIGHT, DType, Role, TensorName
-from ckpt_tool.doctor.findings import Case, Finding, Severity, found
+from ckpt_tool.diagnosis.findings import Case, Finding, Severity, found
 from ckpt_tool.duplicates import Copies, copies_of
 from ckpt_tool.statistics import TensorStatistics, layer_of
 

@@ -11,9 +11,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from ckpt_tool import api
-from ckpt_tool.doctor import Severity
+from ckpt_tool.diagnosis import Severity
 from tests.conftest import checkpoint_of, config_of, copy_fixture
-from tests.doctor.tools import edit, examined, flats, one, optim
+from tests.diagnosis.tools import edit, examined, flats, one, optim
 
 W4E4 = (
     "mixtral_w4e4"  # four experts on four ranks: each rank's expert sub-group is one expert of each layer

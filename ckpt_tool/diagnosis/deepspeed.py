@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_tool.canonical import STEP, Role
 from ckpt_tool.containers.torch_zip import TorchArchive
-from ckpt_tool.doctor.findings import Case, Finding, Severity, found
+from ckpt_tool.diagnosis.findings import Case, Finding, Severity, found
 from ckpt_tool.formats.deepspeed.reading.universal_source import FORMAT, MODEL_FILES, OPTIMIZER_FILE
 from ckpt_tool.storage import Reader
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ckpt_tool import api
-from ckpt_tool.doctor import Severity
+from ckpt_tool.diagnosis import Severity
 from tests.conftest import checkpoint_of, config_of, copy_fixture
-from tests.doctor.tools import edit, examined, flats, model, one, optim
+from tests.diagnosis.tools import edit, examined, flats, model, one, optim
 
 W4E4 = "mixtral_w4e4"
 QUICK = api.Execution(fsync=False, workers=2)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ckpt_tool import api
-from ckpt_tool.doctor import Diagnosis, Finding
+from ckpt_tool.diagnosis import Diagnosis, Finding
 from tests.conftest import ROOT, config_of
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tool.canonical import Checkpoint
-from ckpt_tool.doctor import catalogue, deepspeed, values
-from ckpt_tool.doctor.catalogue import unusable_config as unusable_config
-from ckpt_tool.doctor.findings import Case as Case
-from ckpt_tool.doctor.findings import Diagnosis as Diagnosis
-from ckpt_tool.doctor.findings import Finding as Finding
-from ckpt_tool.doctor.findings import Severity as Severity
-from ckpt_tool.doctor.survey import survey
-from ckpt_tool.doctor.survey import tag_file as tag_file
+from ckpt_tool.diagnosis import catalogue, deepspeed, values
+from ckpt_tool.diagnosis.catalogue import unusable_config as unusable_config
+from ckpt_tool.diagnosis.findings import Case as Case
+from ckpt_tool.diagnosis.findings import Diagnosis as Diagnosis
+from ckpt_tool.diagnosis.findings import Finding as Finding
+from ckpt_tool.diagnosis.findings import Severity as Severity
+from ckpt_tool.diagnosis.survey import survey
+from ckpt_tool.diagnosis.survey import tag_file as tag_file
 from ckpt_tool.errors import CkptToolError, CoverageError, ExecutionError, MismatchError, UsageError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.meter import Meter

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ckpt_tool.canonical import STEP, WEIGHT, ExpertName
 from ckpt_tool.containers.pickle_records import Opaque
-from ckpt_tool.doctor.findings import Case, Finding, Severity, found
+from ckpt_tool.diagnosis.findings import Case, Finding, Severity, found
 from ckpt_tool.errors import MismatchError, UsageError
 from ckpt_tool.families import Family, family_of, of_all_layers, stated, text_config
 from ckpt_tool.families.agreement import check_config
