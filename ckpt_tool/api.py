@@ -29,8 +29,9 @@ from ckpt_tool.families import family_of
 from ckpt_tool.families.adapters import refuse_adapters
 from ckpt_tool.families.agreement import check_config
 from ckpt_tool.families.autoep import refuse_composite, to_autoep
+from ckpt_tool.families.model_in_memory import check_against_model
 from ckpt_tool.families.naming import HUB, to_hub
-from ckpt_tool.families.roots import fitted
+from ckpt_tool.families.roots import check_described, fitted, misfit
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.deepspeed.writing.module_order import with_module_order
 from ckpt_tool.formats.hf.quantised import refuse_unreadable
@@ -48,7 +49,7 @@ from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader
 from ckpt_tool.sums import own_manifest
 from ckpt_tool.system_errors import told
-from ckpt_tool.values import check_replicas
+from ckpt_tool.values import Difference, check_replicas
 from ckpt_tool.wrappers import as_saved
 
 PathLike = str | os.PathLike[str]
@@ -186,12 +187,11 @@ def convert(
             refuse_adapters(checkpoint)
             if model_config is not None:
                 checkpoint, model_config, left_out = fitted(checkpoint, model_config)
+                not_compared = check_against_model(checkpoint, model_config)
+                checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *not_compared))
         run_config = read_ds_config(Path(ds_config), to) if ds_config is not None else None
         if to == "dcp" and model_config is not None and (checkpoint.dialect == HUB or config is not None):
-            described = fitted(checkpoint, model_config)
-            family = family_of(described.config)
-            published = to_hub(described.checkpoint, family, described.config)
-            check_config(published, family, described.config)
+            check_described(checkpoint, model_config)
         if to in _DEEPSPEED:
             checkpoint = _under_module_names(checkpoint, model_config, template)
             if to != "universal" and template is None and not checkpoint.module_names:
@@ -440,7 +440,10 @@ def _verify_one(path: Path, budget: Budget, how: Execution) -> Verdict:
                 raise
             return verdict
         try:
-            return check(checkpoint, reader, manifest, root, budget, meter=how.meter)
+            verdict = check(checkpoint, reader, manifest, root, budget, meter=how.meter)
+            wrong = misfit(checkpoint) if checkpoint.format == TARGETS["hf"].name else None
+            found = () if wrong is None else (Difference("names", checkpoint.root, wrong),)
+            return replace(verdict, differences=(*verdict.differences, *found))
         finally:
             reader.close()
     finally:

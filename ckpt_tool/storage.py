@@ -267,7 +267,7 @@ def _mode(path: Path) -> int:
     """What ``stat`` says of a path; 0 where there is nothing."""
     try:
         return os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte in the path
         return 0
     except OSError as error:
         raise reading_failed(path, error) from error

@@ -37,7 +37,8 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Difference(NamedTuple):
-    """One thing found wrong. ``kind``: missing, extra, shape, dtype, value, scalar, checksum, coverage."""
+    """One thing found wrong. ``kind``: missing, extra, shape, dtype, value, scalar, checksum, coverage,
+    names."""
 
     kind: str
     name: str

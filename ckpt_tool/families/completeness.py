@@ -4,12 +4,13 @@ everything against what the family's model has (``expected``). Names are publish
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckpt_tool.canonical import ExpertName, Tensor, TensorName
 from ckpt_tool.errors import MismatchError
 from ckpt_tool.families import Family, stated, text_config
+from ckpt_tool.families.adapters import adapters_name
 from ckpt_tool.families.expected import Expected, Names, expected_of, release
 
 # Buffers that older releases saved, and what quantised models keep of their activations.
@@ -40,7 +41,7 @@ def check_tensors(
     Raises:
         MismatchError: a tensor is missing, or is none of the model's; the message names it.
     """
-    if not family.config["layers"]:  # an encoder and a decoder
+    if not family.config["layers"] or adapters_name(values):  # an encoder and a decoder; a run's LoRA
         return
     expected = expected_of(config)
     text = text_config(config)
@@ -94,7 +95,9 @@ def _check_layer(path: str, held: Mapping[str, Tensor], wanted: Names, expected:
             f"The checkpoint has no {path}.{missing[0]}{_more(missing)}, which every such layer of "
             f"{expected.architecture} has. {_INCOMPLETE} Or is this the config.json of another model?"
         )
-    extra = sorted(name for name in held if name not in wanted.known and not _passed_over(name, expected))
+    extra = sorted(
+        name for name in held if name not in wanted.known and not is_passed_over(name, expected.ignored)
+    )
     if extra:
         raise _not_the_models(f"{path}.{extra[0]}", extra, expected)
 
@@ -127,17 +130,19 @@ def _check_top(
         and not (bare and f"model.{name}" in expected.top.known)
         and not (not writes and name.startswith(OTHER_HEADS))
         and not name.startswith(expected.towers or "\0")
-        and not _passed_over(name, expected)
+        and not is_passed_over(name, expected.ignored)
     )
     if extra:
         raise _not_the_models(extra[0], extra, expected)
 
 
-def _passed_over(name: str, expected: Expected) -> bool:
+def is_passed_over(name: str, ignored: Iterable[re.Pattern[str]]) -> bool:
+    """Whether a tensor is none of the model's and does no harm: what transformers ignores as it loads,
+    layers for multi-token prediction, buffers that older releases saved."""
     return bool(
         _PASSED_OVER.fullmatch(name)
         or _MTP.fullmatch(name)
-        or any(pattern.search(name) for pattern in expected.ignored)
+        or any(pattern.search(name) for pattern in ignored)
     )
 
 

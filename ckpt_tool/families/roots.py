@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import Checkpoint, ExpertName
-from ckpt_tool.errors import MismatchError, UsageError
+from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.families import Family, family_of, stated, text_config
-from ckpt_tool.families.agreement import promised_mtp_layers
+from ckpt_tool.families.adapters import adapters_name, refuse_adapters
+from ckpt_tool.families.agreement import check_config, promised_mtp_layers
 from ckpt_tool.families.completeness import OTHER_HEADS
 from ckpt_tool.families.expected import Expected, composites_of, expected_of, text_of
 from ckpt_tool.families.naming import to_hub
@@ -46,6 +47,8 @@ def fitted(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Fitted:
         family = family_of(config)
     except UsageError:
         return Fitted(checkpoint, config, {})
+    if adapters_name(tensor.name for tensor in checkpoint.tensors):
+        return Fitted(checkpoint, config, {})
     published = to_hub(checkpoint, family, config)
     if expected is None or not expected.writes_text or family.untranslated:
         return Fitted(_with_promises(checkpoint, published, config, family, None), config, {})
@@ -71,6 +74,36 @@ def fitted(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Fitted:
         "loaded. Save the model's own state dict, without what stands around it, or pass the config.json "
         "of the model that was trained."
     )
+
+
+def check_described(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Fitted:
+    """What of a checkpoint a config describes, proven both ways.
+
+    Raises:
+        MismatchError: they are not of one model, or the model is not whole.
+        UsageError: the config's family is not known.
+    """
+    found = fitted(checkpoint, config)
+    family = family_of(found.config)
+    check_config(to_hub(found.checkpoint, family, found.config), family, found.config)
+    return found
+
+
+def misfit(checkpoint: Checkpoint) -> str | None:
+    """Why a published model would not be loaded as it lies there; None where it would."""
+    config = checkpoint.model_config
+    if config is None:
+        return None
+    try:
+        refuse_adapters(checkpoint)
+        found = check_described(checkpoint, config)
+    except UsageError:
+        return None
+    except UnreadableError as error:
+        return str(error)
+    if found.config is config and found.checkpoint.tensors is checkpoint.tensors:
+        return None
+    return found.checkpoint.notes[-1] + " `ckpt-tool convert --to hf` makes one of the two."
 
 
 def _with_promises(

@@ -4,6 +4,7 @@ from their peers, another root, another family; adapters. Each is refused by nam
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,26 @@ def test_a_whole_model_of_each_fixture_is_not_refused(tmp_path: Path) -> None:
         model = published(name, tmp_path)
         for target in ("hf", "universal", "dcp"):
             api.convert(model, tmp_path / "out", to=target, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (without("model.norm.weight"), r"has no model\.norm\.weight"),
+        (moved("model.", "base.model."), "has its layers under base.model.layers"),
+        (lambda held: {**held, f"{AT}.self_attn.q_proj.lora_A.weight": noise(4, 16)}, "merge_and_unload"),
+    ],
+    ids=["missing", "root", "adapter"],
+)
+def test_verify_does_not_call_such_a_model_sound(
+    how: Callable[[Tensors], Tensors], words: str, model: Path
+) -> None:
+    assert api.verify(model).passed
+    change(model, how)
+    (model / "ckpt_tool_manifest.json").unlink()
+    (difference,) = api.verify(model).differences
+    assert difference.kind == "names"
+    assert re.search(words, difference.message)
 
 
 # ---- a tensor too many
