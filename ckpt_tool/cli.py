@@ -121,7 +121,7 @@ def inspect(
     config: Config = None,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Hash the experts and name those that are copies of each other."),
+        typer.Option("--check", help="Hash the experts and name those that are copies: a part of doctor."),
     ] = False,
     max_memory: MaxMemory = _MEMORY,
     workers: Workers = None,

@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ckpt_tool.canonical import STEP, WEIGHT, ExpertName
+from ckpt_tool.canonical import STEP, WEIGHT, Role
 from ckpt_tool.containers.pickle_records import Opaque
 from ckpt_tool.diagnosis.findings import Case, Finding, Severity, found
 from ckpt_tool.errors import MismatchError, UsageError
 from ckpt_tool.families import Family, family_of, of_all_layers, stated, text_config
 from ckpt_tool.families.agreement import check_config
 from ckpt_tool.families.naming import to_hub
+from ckpt_tool.statistics import layer_of
 
 Check = Callable[[Case], Iterable[Finding]]
 
@@ -208,23 +209,27 @@ def tag_names_its_step(case: Case) -> Iterable[Finding]:
         )
 
 
-def weights_without_optimizer(case: Case) -> Iterable[Finding]:
-    """Trained parameters without moments beside others that have some."""
+def weights_without_optimizer(case: Case) -> Iterator[Finding]:
+    """Parameters of the optimizer without moments beside others that have some. torch makes them with the
+    first gradient; engines that freeze parameters keep them out of the optimizer."""
     if not case.moments:
         return
-    lacking = [
-        str(t.name)
-        for t in case.checkpoint.tensors
-        if t.state == WEIGHT and isinstance(t.name, ExpertName) and t.name not in case.moments
-    ]
-    yield from found(
-        "no_optimizer_state",
-        Severity.WARNING,
-        "Experts have no optimizer state, and other parameters have: {}.",
-        lacking,
-        "They were frozen, or their state was lost; a load fails or starts their moments at zero.",
-        "See whether the experts were meant to be frozen.",
-    )
+    lacking: dict[Severity, list[str]] = {Severity.WARNING: [], Severity.INFO: []}
+    for tensor in case.checkpoint.tensors:
+        if tensor.state == WEIGHT and tensor.role is Role.PARAMETER and tensor.name not in case.moments:
+            expert = layer_of(tensor) is not None
+            lacking[Severity.WARNING if expert else Severity.INFO].append(str(tensor.name))
+    for severity, names in lacking.items():
+        yield from found(
+            "no_optimizer_state",
+            severity,
+            "Parameters have no optimizer state, and others have: {}.",
+            names,
+            "They were frozen, never had a gradient, or their state was lost. A load fails, or starts "
+            "their "
+            "moments at zero.",
+            "See whether they were meant to be frozen.",
+        )
 
 
 CHECKS: tuple[Check, ...] = (

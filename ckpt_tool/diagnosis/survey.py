@@ -32,6 +32,8 @@ _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
 _RANK_FILES = (MODEL, OPTIMIZER)
 # What all files of one save say alike.
 _OF_THE_RUN = ("global_steps", "skipped_steps", "dp_world_size", "ds_version")
+# What a damaged file may claim is not believed beyond this: ranks of a run, experts of a model.
+_MOST_RANKS, _MOST_EXPERTS = 1 << 17, 1 << 20
 _COPY = (
     "Copy the files of all ranks from where the checkpoint was saved; nodes often save to their own disk."
 )
@@ -184,9 +186,11 @@ def _ranks(reader: Reader) -> Iterator[Finding]:
         [*model_files, *(name for files in by_kind.values() for name in files.values())],
     )
     worlds = Counter(
-        one.values["dp_world_size"] for one in said if type(one.values.get("dp_world_size")) is int
+        world
+        for one in said
+        if type(world := one.values.get("dp_world_size")) is int and 0 < world <= _MOST_RANKS
     )
-    highest = max((rank for files in by_kind.values() for rank in files), default=-1) + 1
+    highest = min(_MOST_RANKS, max((rank for files in by_kind.values() for rank in files), default=-1) + 1)
     world = worlds.most_common(1)[0][0] if worlds else highest
     missing, foreign = [], []
     by_rank = any(
@@ -257,6 +261,8 @@ def _expert_files(names: Iterable[str], said: Iterable[_Said]) -> Iterator[Findi
     counts = next((one.values["num_experts"] for one in said if one.values.get("num_experts")), None)
     held = {(int(match[1]), int(match[2])) for name in names if (match := _EXPERT.fullmatch(name))}
     if not held or not isinstance(counts, list) or not all(type(count) is int for count in counts):
+        return
+    if sum(counts) > _MOST_EXPERTS:
         return
     yield from found(
         "missing_experts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ckpt_tool import api
 from ckpt_tool.diagnosis import Severity
 from tests.conftest import checkpoint_of, config_of, copy_fixture
 from tests.diagnosis.tools import edit, examined, flats, model, one, optim
+from tests.formats.dcp_tools import CHECKPOINTS
 
 W4E4 = "mixtral_w4e4"
 QUICK = api.Execution(fsync=False, workers=2)
@@ -203,6 +205,26 @@ def test_replicas_that_differ(tmp_path: Path) -> None:
     assert "replicas_differ" not in {found.check for found in examined(tag).findings}
     flats(tag / optim(1), lambda masters, _: masters[-1].__setitem__(0, 9.0))
     assert "replicas_differ" in {found.check for found in examined(tag).findings}
+
+
+def test_experts_without_optimizer_state(tmp_path: Path) -> None:
+    """An FSDP2 run whose optimizer never had the experts, or lost them."""
+    step = Path(shutil.copytree(CHECKPOINTS["mixtral_accelerate_w2"], tmp_path / "checkpoint"))
+    file = step / "optimizer_0" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    lost = [key for key in metadata.state_dict_metadata if ".state." in key and ".experts." in key]
+    assert lost
+    for key in lost:
+        del metadata.state_dict_metadata[key]
+        metadata.planner_data.pop(key)
+    for index in [index for index in metadata.storage_data if index.fqn in lost]:
+        del metadata.storage_data[index]
+    file.write_bytes(pickle.dumps(metadata))
+    found = one(step, "no_optimizer_state")
+    assert found.severity is Severity.WARNING
+    assert found.subjects == tuple(
+        f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")
+    )
 
 
 def test_a_copy_of_a_directory_changes_nothing(w4e4: Path, tmp_path: Path) -> None:

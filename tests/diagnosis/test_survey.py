@@ -36,7 +36,9 @@ def errors(source: Path) -> dict[str, Finding]:
 def test_files_of_three_ranks_are_missing(w4e4: Path) -> None:
     for name in (model(1), optim(1), optim(3)):
         (w4e4 / name).unlink()
-    assert set(errors(w4e4)["missing_rank"].subjects) == {model(1), optim(1), optim(3)}
+    found = errors(w4e4)
+    assert set(found["missing_rank"].subjects) == {model(1), optim(1), optim(3)}
+    assert f"{model(1)} is missing" in found["unreadable"].message, "the reader's own sentence"
 
 
 def test_all_optimizer_files_are_missing(w4e4: Path) -> None:
@@ -55,6 +57,13 @@ def test_all_model_files_of_stage_3_are_missing(w4e4: Path) -> None:
     for rank in range(4):
         (w4e4 / model(rank)).unlink()
     assert errors(w4e4)["missing_rank"].subjects == tuple(model(rank) for rank in range(4))
+
+
+def test_sizes_that_cannot_be_are_not_believed(tmp_path: Path) -> None:
+    tag = copy_fixture("mixtral_z2_w4e2", tmp_path)
+    wrong = {"dp_world_size": 10**12, "num_experts": [10**12]}
+    edit(tag / "mp_rank_00_model_states.pt", lambda root: root.update(wrong))
+    assert all(len(finding.subjects) < 10 for finding in examined(tag).findings)
 
 
 def test_the_highest_ranks_are_missing(w4e4: Path) -> None:

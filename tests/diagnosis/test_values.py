@@ -11,7 +11,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from ckpt_tool import api
-from ckpt_tool.diagnosis import Severity
+from ckpt_tool.diagnosis import Case, Severity
+from ckpt_tool.diagnosis.values import unreadable
+from ckpt_tool.formats.registry import open_checkpoint
+from ckpt_tool.statistics import Statistics
 from tests.conftest import checkpoint_of, config_of, copy_fixture
 from tests.diagnosis.tools import edit, examined, flats, one, optim
 
@@ -251,6 +254,15 @@ def test_squares_of_other_gradients(w4e4: Path) -> None:
     found = one(w4e4, "moments_disagree", W4E4)
     assert found.severity is Severity.WARNING
     assert "model.layers.0.experts.1.gate.weight [exp_avg]" in found.subjects[0]
+
+
+def test_a_tensor_that_cannot_be_read_to_its_end(w4e4: Path) -> None:
+    reader, checkpoint = open_checkpoint(w4e4)
+    reader.close()
+    broken = Statistics({}, failures={"model.norm.weight": "a.pt is truncated."})
+    (found,) = unreadable(Case(checkpoint, reader, None, broken))
+    assert (found.check, found.severity) == ("unreadable", Severity.ERROR)
+    assert found.subjects == ("model.norm.weight",)
 
 
 def _quick() -> api.Execution:
