@@ -19,7 +19,7 @@ from ckpt_tool.canonical import Checkpoint, DType
 from ckpt_tool.commit import occupied
 from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.conversion import Execution as Execution
-from ckpt_tool.conversion import Outcome, carry_out, check_disk, refuse_own_source, refuse_strangers
+from ckpt_tool.conversion import Outcome, carry_out, lacking_room, refuse_own_source, refuse_strangers
 from ckpt_tool.diagnosis import Diagnosis as Diagnosis
 from ckpt_tool.diagnosis import Severity, examine, examine_files, tag_file, unusable_config
 from ckpt_tool.duplicates import Copies, find_copies
@@ -222,8 +222,7 @@ def convert(
             refuse_strangers(destination, plan)
         if dry_run and not how.overwrite and occupied(destination):
             raise UsageError(f"{destination} exists. Choose another destination, or pass --overwrite.")
-        if dry_run:
-            check_disk(destination, plan.bytes_written)
+        lacking = lacking_room(destination, plan.bytes_written) if dry_run else ""
         if not dry_run:
             check_replicas(checkpoint, reader, budget)
             outcome = carry_out(plan, reader, checkpoint, destination, to, options, how, budget, verify)
@@ -239,7 +238,7 @@ def convert(
         peak_memory_bytes=budget.nbytes(plan.largest_block),
         left_out=layout.left_out,
         casts=tuple((cast.label, cast.source, cast.target) for cast in plan.casts),
-        notes=(*layout.notes, *files_left, *outcome.notes),
+        notes=(*layout.notes, *files_left, *outcome.notes, *([lacking] if lacking else [])),
         verdict=outcome.verdict,
         checked_bytes=outcome.checked.right if outcome.checked else 0,
         unchecked_bytes=outcome.checked.others if outcome.checked else {},

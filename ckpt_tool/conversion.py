@@ -266,13 +266,21 @@ def _stored(name: str) -> bytes:
 
 def check_disk(path: Path, needed: int) -> None:
     """Raises ExecutionError where ``needed`` bytes do not fit beside or in ``path``."""
+    lacking = lacking_room(path, needed)
+    if lacking:
+        raise ExecutionError(lacking)
+
+
+def lacking_room(path: Path, needed: int) -> str:
+    """What to tell the user where ``needed`` bytes do not fit beside or in ``path``; else nothing."""
     existing = next(place for place in (path, *path.parents) if place.exists())
     free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise ExecutionError(
-            f"{path.parent}: the result needs {needed} bytes, the disk has {free} free. Free some space "
-            "or choose another destination."
-        )
+    if needed <= free:
+        return ""
+    return (
+        f"{path.parent}: the result needs {needed} bytes, the disk has {free} free. Free some space or "
+        "choose another destination."
+    )
 
 
 def refuse_own_source(source: Path, destination: Path) -> None:

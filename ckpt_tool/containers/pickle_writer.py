@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ckpt_tool.containers.pickle_records import (
@@ -17,22 +18,41 @@ from ckpt_tool.containers.pickle_records import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """A part of a pickle, spelled out: without a memo it is the same wherever it stands."""
+
+    data: bytes
+
+
+def spelled(value: Any) -> Spelled:
+    """``value`` as it stands in a pickle. Raises TypeError as ``dumps``."""
+    out = bytearray()
+    _write(out, value)
+    return Spelled(bytes(out))
+
+
 def dumps(value: Any) -> bytes:
-    """A pickle (protocol 2, as ``torch.save`` writes) of what ``loads`` returns.
+    """A pickle (protocol 2, as ``torch.save`` writes) of what ``loads`` returns, ``Spelled`` parts in it.
 
     Deterministic: no memo, so equal values give equal bytes.
 
     Raises:
         TypeError: the value holds something that ``loads`` never returns.
     """
-    out = bytearray(b"\x80\x02")
-    _write(out, value)
-    out += b"."
-    return bytes(out)
+    return b"\x80\x02" + spelled(value).data + b"."
+
+
+_PLAIN = frozenset({int, float, str, tuple, list, dict, collections.OrderedDict})
 
 
 def _write(out: bytearray, value: Any) -> None:
-    if value is None:
+    kind = type(value)
+    if kind in _PLAIN:
+        _write_plain(out, value)
+    elif kind is Spelled:
+        out += value.data
+    elif value is None:
         out += b"N"
     elif value is True:
         out += b"\x88"

@@ -12,12 +12,13 @@ import struct
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import DType, Region, Tensor, contiguous
 from ckpt_tool.containers import pickle_writer, pickles
 from ckpt_tool.containers.alike import Alike
 from ckpt_tool.containers.pickle_records import (
+    LEAVES,
     Opaque,
     StorageRecord,
     TensorRecord,
@@ -26,6 +27,7 @@ from ckpt_tool.containers.pickle_records import (
     has_storage,
     map_containers,
 )
+from ckpt_tool.containers.pickle_writer import Spelled
 from ckpt_tool.containers.stored_zip import LOCAL_HEADER, StoredZip
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.geometry import row_major
@@ -171,29 +173,126 @@ class Flat:
         return sum(part if isinstance(part, int) else part.numel for part in self.parts)
 
 
+class Constant:
+    """A part of the objects of many archives that is the same in all of them: spelled out once, by the
+    number of its first tensor. ``value`` must not change any more."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._known: dict[int, tuple[Spelled, list[_Payload]]] = {}
+
+    def resolved(self, payloads: list[_Payload]) -> Spelled:
+        """As it stands in a pickle; its tensors join ``payloads``."""
+        first = len(payloads)
+        known = self._known.get(first)
+        if known is None:
+            own = list(payloads)
+            part = pickle_writer.spelled(_resolve(self.value, own))
+            known = self._known[first] = (part, own[first:])
+        payloads += known[1]
+        return known[0]
+
+
 def torch_file(path: str, value: Any, *, zip64_limit: int = _ZIP64_LIMIT) -> TargetFile:
     """The layout of an archive that ``torch.load`` reads as ``value``.
 
-    ``value`` may hold ``Slot``, ``Inline`` and whole ``Tensor`` wherever a tensor belongs. The same
-    value always gives the same bytes.
+    ``value`` may hold ``Slot``, ``Inline``, ``Flat`` and whole ``Tensor`` wherever a tensor belongs, and
+    ``Constant`` parts. The same value always gives the same bytes.
     """
-    payloads: list[Slot | Inline | Flat] = []
-    resolved = _resolve(value, payloads)
-    builder = _ZipBuilder(zip64_limit)
-    builder.literal("archive/data.pkl", pickle_writer.dumps(resolved))
-    builder.literal("archive/byteorder", b"little")
-    for key, payload in enumerate(payloads):
-        name = f"archive/data/{key}"
-        if isinstance(payload, Inline):
-            builder.literal(name, payload.data)
-        else:
-            builder.fill(name, payload.parts if isinstance(payload, Flat) else (payload,), payload.dtype)
-    builder.literal("archive/version", b"3\n")
-    return builder.finish(path)
+    return TorchFiles(zip64_limit=zip64_limit).file(path, value)
 
 
-def _resolve(value: Any, payloads: list[Slot | Inline | Flat]) -> Any:
+class TorchFiles:
+    """Lays out archives like ``torch_file``. Of those whose pickles have one length and whose tensors one
+    size each, what stands around these is made once."""
+
+    def __init__(self, *, zip64_limit: int = _ZIP64_LIMIT) -> None:
+        self._limit = zip64_limit
+        self._known: dict[Any, _Skeleton] = {}
+
+    def file(self, path: str, value: Any) -> TargetFile:
+        """The layout of an archive that ``torch.load`` reads as ``value``."""
+        payloads: list[_Payload] = []
+        pickled = pickle_writer.dumps(_resolve(value, payloads))
+        form = (len(pickled), *map(_form, payloads))
+        known = self._known.get(form)
+        if known is not None:
+            return known.filled(path, pickled, payloads)
+        builder = _ZipBuilder(self._limit)
+        at = builder.literal("archive/data.pkl", pickled)
+        builder.literal("archive/byteorder", b"little")
+        for key, payload in enumerate(payloads):
+            name = f"archive/data/{key}"
+            if isinstance(payload, Inline):
+                builder.literal(name, payload.data)
+            else:
+                builder.fill(name, _parts(payload), payload.dtype)
+        builder.literal("archive/version", b"3\n")
+        file = builder.finish(path)
+        while len(self._known) >= _MOST_SKELETONS:
+            self._known.pop(next(iter(self._known)), None)
+        self._known[form] = _Skeleton(file, at, builder.directory_at)
+        return file
+
+
+_MOST_SKELETONS = 8
+_Payload = Slot | Inline | Flat
+
+
+def _parts(payload: Slot | Flat) -> Sequence[Slot | int]:
+    return payload.parts if isinstance(payload, Flat) else (payload,)
+
+
+def _form(payload: _Payload) -> Any:
+    """Equal for what takes the same room, and for the same bytes."""
+    if isinstance(payload, Inline):
+        return payload.data
+    parts = tuple(~part if isinstance(part, int) else part.numel for part in _parts(payload))
+    return (payload.dtype, parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Skeleton:
+    """An archive that others are like: ``at`` says where its pickle lies, ``directory_at`` where the
+    directory begins."""
+
+    file: TargetFile
+    at: _At
+    directory_at: int
+
+    def filled(self, path: str, pickled: bytes, payloads: Sequence[_Payload]) -> TargetFile:
+        """The same archive with another pickle and other tensors of the same sizes."""
+        crc = struct.pack("<I", binascii.crc32(pickled))
+        literals = list(self.file.literals)
+        changes = [
+            (self.at.crc, crc),
+            (self.at.data, pickled),
+            (self.directory_at + self.at.central_crc, crc),
+        ]
+        for offset, data in changes:
+            index = next(i for i in reversed(range(len(literals))) if literals[i].offset <= offset)
+            whole, at = literals[index].data, offset - literals[index].offset
+            literals[index] = Literal(literals[index].offset, whole[:at] + data + whole[at + len(data) :])
+        slots = [
+            (slot, payload.dtype)
+            for payload in payloads
+            if not isinstance(payload, Inline)
+            for slot in _parts(payload)
+            if not isinstance(slot, int)
+        ]
+        fills = tuple(
+            Fill(fill.offset, slot.tensor, slot.start, slot.numel, dtype)
+            for fill, (slot, dtype) in zip(self.file.fills, slots, strict=True)
+        )
+        return TargetFile(path, self.file.size, tuple(literals), fills, self.file.crc_slots)
+
+
+def _resolve(value: Any, payloads: list[_Payload]) -> Any:
     """``value`` with every tensor to be written turned into a record of its future place."""
+    if type(value) in LEAVES:
+        return value
+    if isinstance(value, Constant):
+        return value.resolved(payloads)
     if isinstance(value, Tensor):
         value = whole(value)
     if isinstance(value, Flat):
@@ -221,6 +320,14 @@ def _storage(key: str, dtype: DType, numel: int) -> StorageRecord:
     return StorageRecord(key, None, numel * dtype.itemsize)
 
 
+class _At(NamedTuple):
+    """Where a record's data and its CRC lie in the file, and the latter's copy in the directory."""
+
+    data: int
+    crc: int
+    central_crc: int
+
+
 class _ZipBuilder:
     """Stored zip records, data 64-byte aligned, CRC-32 in the headers and no data descriptors."""
 
@@ -233,10 +340,13 @@ class _ZipBuilder:
         self._central_slots: list[CrcSlot] = []  # positions within ``_central``
         self._count = 0
         self._position = 0
+        self.directory_at = 0
 
-    def literal(self, name: str, data: bytes) -> None:
-        self._header(name, len(data), binascii.crc32(data))
+    def literal(self, name: str, data: bytes) -> _At:
+        crc_at, central_crc_at = self._header(name, len(data), binascii.crc32(data))
+        start = self._position
         self._put(data)
+        return _At(start, crc_at, central_crc_at)
 
     def fill(self, name: str, slots: Sequence[Slot | int], dtype: DType) -> None:
         nbytes = sum(slot * dtype.itemsize if isinstance(slot, int) else slot.nbytes for slot in slots)
@@ -299,6 +409,7 @@ class _ZipBuilder:
 
     def finish(self, path: str) -> TargetFile:
         start, size = self._position, len(self._central)
+        self.directory_at = start
         self._slots += [CrcSlot(start + slot.offset, slot.parts) for slot in self._central_slots]
         self._put(bytes(self._central))
         many = self._count >= 0xFFFF

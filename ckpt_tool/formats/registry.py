@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ckpt_tool import collecting
 from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.families import adapters
@@ -104,7 +105,8 @@ def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
     for candidate in SOURCES:
         if candidate.recognises(reader):
             try:
-                found = unwrapped_checkpoint(candidate.read(reader))
+                with collecting.paused():
+                    found = unwrapped_checkpoint(candidate.read(reader))
                 notes = (*found.notes, *not_understood(reader, found), *_above(path, directory))
                 return reader, replace(found, notes=notes)
             except UnicodeEncodeError:  # a name that the locale cannot express

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_tool.canonical import DType, Tensor
-from ckpt_tool.containers.torch_zip import Inline, TorchArchive, torch_file
+from ckpt_tool.containers.torch_zip import Constant, Flat, Inline, TorchArchive, TorchFiles, torch_file
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.layout import Layout, Slot, whole
@@ -369,3 +369,52 @@ def test_a_record_that_lies_outside_of_the_archive_is_refused(beyond: int, tmp_p
     (tmp_path / "file.pt").write_bytes(data)
     with pytest.raises(UnreadableError, match="a record lies outside"):
         opened(tmp_path / "file.pt")
+
+
+# ---- many archives that are alike
+
+
+def flat_state(rank: int, tensors: dict[str, Tensor], padding: int = 0) -> dict[str, Any]:
+    """Like an optimizer file of a rank: numbers of its own, what all ranks say, parts of tensors."""
+    part = Slot(tensors["a"], (3,), DType.float32, 3 * rank)
+    return {
+        "rank": rank,
+        "same": {"list": list(range(5)), "text": "x"},
+        "step": Inline(b"\0\0\x80\x3f", (), DType.float32),
+        "flat": Flat((part, padding) if padding else (part,), DType.float32, attributes={"ds_id": "0_1"}),
+        "whole": tensors["b"],
+        "empty": Slot(tensors["a"], (0,), DType.float32),
+    }
+
+
+@pytest.fixture
+def some_tensors(tmp_path: Path) -> dict[str, Tensor]:
+    torch.save({"a": torch.arange(30.0), "b": torch.arange(4, dtype=torch.int64)}, tmp_path / "a.pt")
+    archive = opened(tmp_path / "a.pt")
+    return {name: archive.tensor(name, "weight", record) for name, record in archive.root.items()}
+
+
+@pytest.mark.parametrize("limit", [2**32 - 1, 64])
+def test_files_laid_out_together_are_those_laid_out_alone(
+    limit: int, some_tensors: dict[str, Tensor]
+) -> None:
+    together = TorchFiles(zip64_limit=limit)
+    for rank, padding in ((0, 0), (1, 0), (9, 2), (3, 0), (2**31, 0), (8, 2), (0, 1)):
+        value = flat_state(rank % 10, some_tensors, padding) | {"rank": rank}
+        ours = together.file(f"{rank}.pt", value)
+        assert ours == torch_file(f"{rank}.pt", value, zip64_limit=limit)
+
+
+def test_file_whose_small_tensor_has_another_value(some_tensors: dict[str, Tensor]) -> None:
+    together = TorchFiles()
+    for data in (b"\0\0\x80\x3f", b"\0\0\0\x40"):
+        value = flat_state(1, some_tensors) | {"step": Inline(data, (), DType.float32)}
+        assert together.file("f.pt", value) == torch_file("f.pt", value)
+
+
+def test_constant_parts_are_written_as_the_parts_themselves(some_tensors: dict[str, Tensor]) -> None:
+    part = {"tensors": [some_tensors["b"], Inline(b"", (0,), DType.float16)], "list": [1, (2, "x")]}
+    constant = Constant(part)
+    for before in ([], [some_tensors["b"]], [some_tensors["b"]] * 2, []):
+        ours = torch_file("f.pt", {"before": before, "part": constant, "again": constant, "after": part})
+        assert ours == torch_file("f.pt", {"before": before, "part": part, "again": part, "after": part})

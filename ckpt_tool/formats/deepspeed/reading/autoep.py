@@ -6,16 +6,13 @@ Fields and rules: deepspeed 0.19.8, checkpoint/autoep_zero3_metadata.py. Release
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from ckpt_tool.canonical import ExpertName, MoELayer, TensorName
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.names import PROJECTION_OF
 from ckpt_tool.formats.deepspeed.facts.partition import expert_holders
-from ckpt_tool.formats.deepspeed.facts.topology import Ranks
 from ckpt_tool.formats.deepspeed.reading.rank_files import RankFiles
-from ckpt_tool.geometry import row_major
 
 Entry = Mapping[str, Any]
 
@@ -144,85 +141,3 @@ def _check_entry(entry: Entry, where: str) -> None:
         least = 1 if key in ("num_experts", "ep_size") else 0
         if type(entry[key]) is not int or entry[key] < least:
             raise UnreadableError(f"{where}: {key} of {layer} is malformed: {entry[key]!r}.")
-
-
-def layer_entries(
-    model: Mapping[str, Any],
-    layers: Sequence[MoELayer],
-    shapes: Mapping[TensorName, tuple[int, ...]],
-    ranks: Ranks,
-    rank: int,
-) -> list[dict[str, Any]]:
-    """``ds_autoep_layers`` of one rank at another topology: the uniform contiguous placement.
-
-    Keys, and their order, are those of the source's entries in ``model`` where it has any (releases
-    before 0.19.8 write no placement and no affine maps); else those of 0.19.8.
-    """
-    source = model.get("ds_autoep_layers") or model.get("autoep_layers") or []
-    known = {entry["module_path"]: entry for entry in source}
-    result = []
-    for number, layer in enumerate(layers):
-        local = layer.num_experts // ranks.ep
-        own = ranks.ep_rank(rank)
-        prefix = f"{layer.module}.experts"
-        held = [list(range(e * local, (e + 1) * local)) for e in range(ranks.ep)]
-        new: dict[str, Any] = {
-            "moe_layer_id": number,
-            "module_path": layer.module,
-            "num_experts": layer.num_experts,
-            "num_local_experts": local,
-            "ep_size": ranks.ep,
-            "expert_placement": {
-                "version": 1,
-                "num_experts": layer.num_experts,
-                "ep_size": ranks.ep,
-                "ranks": [{"rank": e, "experts": ids} for e, ids in enumerate(held)],
-            },
-            "affine_maps": {
-                "version": 1,
-                "params": {
-                    f"{prefix}.{weight}": _affine_map(
-                        shapes[ExpertName(layer.layer_path, PROJECTION_OF[weight])], local, ranks.ep
-                    )
-                    for weight in ("w1", "w2", "w3")
-                },
-            },
-            "expert_key_prefix": prefix,
-            "checkpoint_format": "zero3_partitioned",
-            "checkpoint_format_version": 1,
-            "ep_group_name": f"ep_size_{ranks.ep}",
-            "ep_rank": own,
-            "expert_data_parallel_rank": ranks.edp_rank(rank),
-            "expert_data_parallel_world_size": ranks.edp,
-            "global_expert_start": own * local,
-            "global_expert_end": (own + 1) * local,
-        }
-        entry = known.get(layer.module)
-        if entry is not None:
-            fixed = ("moe_layer_id", "module_path", "num_experts", "expert_key_prefix")
-            new = {key: value if key in fixed else new.get(key, value) for key, value in entry.items()}
-        result.append(new)
-    return result
-
-
-def _affine_map(shape: tuple[int, ...], local: int, ep: int) -> dict[str, Any]:
-    """One parameter's map (checkpoint/autoep_affine.py): EP rank r holds one contiguous piece."""
-    strides = list(row_major(shape, 1))
-    shard = [local, *shape[1:]]
-    return {
-        "logical_shape": list(shape),
-        "ranks": {
-            rank: {
-                "shard_shape": shard,
-                "pieces": [
-                    {
-                        "shape": shard,
-                        "source": [rank * local * strides[0], strides],
-                        "dest": [0, strides],
-                        "locations": [rank],
-                    }
-                ],
-            }
-            for rank in range(ep)
-        },
-    }

@@ -7,7 +7,6 @@ and runtime/zero/stage3.py (``_rigid_state_dict``).
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator
 
 from ckpt_tool.containers.torch_zip import TorchArchive
@@ -41,15 +40,9 @@ def file_names(reader: Reader) -> list[tuple[str, str]]:
 def read_ranks(reader: Reader, names: list[tuple[str, str]]) -> list[RankFiles]:
     """Read the metadata of all ranks; what ranks say alike is read and kept once."""
     repeated = Repeated()
-    collecting = gc.isenabled()
-    gc.disable()  # millions of small objects are made and none of them in cycles
-    try:
-        return read_each(
-            lambda item: _read_rank(reader, item[0], item[1][0], item[1][1], repeated), enumerate(names)
-        )
-    finally:
-        if collecting:
-            gc.enable()
+    return read_each(
+        lambda item: _read_rank(reader, item[0], item[1][0], item[1][1], repeated), enumerate(names)
+    )
 
 
 def _read_rank(

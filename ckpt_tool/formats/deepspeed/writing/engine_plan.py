@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from ckpt_tool.canonical import (
@@ -16,6 +17,7 @@ from ckpt_tool.canonical import (
     Tensor,
     TensorName,
 )
+from ckpt_tool.containers.torch_zip import Constant
 from ckpt_tool.errors import MismatchError, UsageError
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.deepspeed.facts import groups
@@ -24,6 +26,7 @@ from ckpt_tool.formats.deepspeed.facts.names import expert_parameter
 from ckpt_tool.formats.deepspeed.facts.partition import partition_size
 from ckpt_tool.formats.deepspeed.facts.topology import Ranks
 from ckpt_tool.formats.deepspeed.reading.rank_files import SavedObjects
+from ckpt_tool.formats.deepspeed.writing.layer_entries import LayerEntries
 
 _PER_RANK = (
     "Client state {names} differs between ranks and means nothing on others; it is left out on all ranks. "
@@ -90,6 +93,12 @@ class EnginePlan:
         self.sub_groups = groups.sub_groups(self.groups, self._partition_numel, self._sub_group_size())
         self.states = [self._states_of(sub_group) for sub_group in self.sub_groups]
         self._check_all_grouped()
+
+    @cached_property
+    def layer_entries(self) -> LayerEntries:
+        """What each rank says of the MoE layers."""
+        shapes = {name: tensor.shape for name, tensor in self.values.items()}
+        return LayerEntries(self.saved.model, self.checkpoint.moe_layers, shapes, self.ranks)
 
     # ---- who is grouped with whom
 
@@ -214,8 +223,12 @@ class EnginePlan:
             changed["universal_checkpoint_info"] = {**info, "ds_autoep_layers": layers}
         per_rank = self.checkpoint.training.per_rank
         return {
-            key: changed.get(key, value) for key, value in self.saved.model.items() if key not in per_rank
+            key: changed.get(key, value) for key, value in self._saved_model.items() if key not in per_rank
         }
+
+    @cached_property
+    def _saved_model(self) -> Mapping[str, Constant]:
+        return {key: Constant(value) for key, value in self.saved.model.items()}
 
     def new_config(self, config: Any, stage: int) -> Any:
         """The run's config with the new EP size and ZeRO stage in it."""

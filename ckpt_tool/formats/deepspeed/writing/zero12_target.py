@@ -23,7 +23,6 @@ from ckpt_tool.formats.deepspeed.facts.flat_groups import FlatGroup
 from ckpt_tool.formats.deepspeed.facts.groups import SubGroup
 from ckpt_tool.formats.deepspeed.facts.scalars import saved_scalar
 from ckpt_tool.formats.deepspeed.facts.topology import target_ranks
-from ckpt_tool.formats.deepspeed.reading.autoep import layer_entries
 from ckpt_tool.formats.deepspeed.writing.engine_plan import EnginePlan, notes, refuse_unsuitable
 from ckpt_tool.formats.deepspeed.writing.saved_objects import (
     as_template_says,
@@ -133,13 +132,7 @@ class _Plan(EnginePlan):
         """The object in rank 0's model file."""
         entries = [
             {**entry, "checkpoint_format": "per_expert_files", "checkpoint_format_version": None}
-            for entry in layer_entries(
-                self.saved.model,
-                self.checkpoint.moe_layers,
-                {name: tensor.shape for name, tensor in self.values.items()},
-                self.ranks,
-                0,
-            )
+            for entry in self.layer_entries.of(0)
         ]
         frozen = [t for t in self.values.values() if t.role is Role.FROZEN and isinstance(t.name, str)]
         kind = shape_type(self.saved)

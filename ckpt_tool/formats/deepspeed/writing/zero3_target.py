@@ -12,19 +12,18 @@ runtime/engine.py ``_save_checkpoint``, runtime/zero/stage3.py ``_rigid_state_di
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from functools import cached_property, partial
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
-from ckpt_tool.canonical import MASTER, Checkpoint, DType, ExpertName, Tensor, TensorName
-from ckpt_tool.containers.torch_zip import Flat, torch_file
+from ckpt_tool.canonical import MASTER, Checkpoint, DType, ExpertName, Scalar, Tensor
+from ckpt_tool.containers.torch_zip import Constant, Flat, TorchFiles
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.deepspeed.facts.groups import SubGroup
 from ckpt_tool.formats.deepspeed.facts.partition import partition_size
 from ckpt_tool.formats.deepspeed.facts.scalars import saved_scalar
 from ckpt_tool.formats.deepspeed.facts.topology import target_ranks
-from ckpt_tool.formats.deepspeed.reading.autoep import layer_entries
 from ckpt_tool.formats.deepspeed.writing.engine_plan import EnginePlan, notes, refuse_unsuitable
 from ckpt_tool.formats.deepspeed.writing.saved_objects import as_template_says, saved_objects, shape_type
 from ckpt_tool.layout import Layout, LazyFiles, Slot, TargetFile, text_file
@@ -55,20 +54,21 @@ class Zero3Target:
 def _files(plan: _Plan, tag: str) -> LazyFiles:
     """Two files per rank and ``latest``."""
 
+    models, optimizers = TorchFiles(), TorchFiles()
+
     def model(rank: int) -> TargetFile:
-        return torch_file(f"{tag}/zero_pp_rank_{rank}_mp_rank_00_model_states.pt", plan.model(rank))
+        return models.file(f"{tag}/zero_pp_rank_{rank}_mp_rank_00_model_states.pt", plan.model(rank))
 
     def optimizer(rank: int) -> TargetFile:
         prefix = "bf16_" if plan.saved.bf16 else ""
         name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        return torch_file(f"{tag}/{name}", plan.optimizer(rank))
+        return optimizers.file(f"{tag}/{name}", plan.optimizer(rank))
 
     makers = [partial(make, rank) for rank in range(plan.ranks.world) for make in (model, optimizer)]
     return LazyFiles([*makers, partial(text_file, "latest", tag)])
 
 
-@dataclass(frozen=True, slots=True)
-class _Share:
+class _Share(NamedTuple):
     """A rank's part of a parameter: elements ``start .. start + numel`` of its canonical tensor, then
     ``padding`` elements."""
 
@@ -82,43 +82,65 @@ class _Plan(EnginePlan):
 
     # ---- one rank's share
 
-    def _share(self, name: TensorName, rank: int) -> _Share:
-        local = self.local_numel(name, self.ranks.ep)
-        if isinstance(name, ExpertName):
-            count, own = self.ranks.edp, self.ranks.edp_rank(rank)
-            base = self.ranks.ep_rank(rank) * local
-        else:
-            count, own, base = self.ranks.world, rank, 0
-        return _cut(local, count, own, base)
-
-    def _flat(self, sub_group: SubGroup, state: str, rank: int) -> list[Slot | int]:
-        parts: list[Slot | int] = []
-        for name in sub_group.parameters:
-            if state == MASTER:  # a weight where the source holds no master, widened exactly
-                parts += _slots(self.value_of(name), self._share(name, rank), DType.float32)
+    def _shares(self, rank: int) -> list[list[_Share]]:
+        """The rank's part of every parameter, sub-group by sub-group."""
+        own, ep_rank = self.ranks.edp_rank(rank), self.ranks.ep_rank(rank)
+        shares = []
+        for sub_group, sizes in zip(self.sub_groups, self._local_sizes, strict=True):
+            if sub_group.is_expert:
+                shares.append([_cut(local, self.ranks.edp, own, ep_rank * local) for local in sizes])
             else:
-                tensor = self.tensors[name, state]
-                parts += _slots(tensor, self._share(name, rank), tensor.dtype)
-        return parts
+                shares.append([_cut(local, self.ranks.world, rank, 0) for local in sizes])
+        return shares
+
+    @cached_property
+    def _local_sizes(self) -> list[list[int]]:
+        """By sub-group, the elements of each parameter that are cut over its ranks."""
+        return [
+            [self.local_numel(name, self.ranks.ep) for name in sub_group.parameters]
+            for sub_group in self.sub_groups
+        ]
+
+    def _flat(self, index: int, state: str, shares: list[_Share]) -> tuple[Slot | int, ...]:
+        parts: list[Slot | int] = []
+        for (tensor, dtype), share in zip(self._sources(index, state), shares, strict=True):
+            parts += _slots(tensor, share, dtype)
+        return tuple(parts)
+
+    def _sources(self, index: int, state: str) -> list[tuple[Tensor, DType]]:
+        """The tensors that a flat buffer is cut from, and the dtypes they get there."""
+        if (index, state) not in self._known_sources:
+            names = self.sub_groups[index].parameters
+            if state == MASTER:  # a weight where the source holds no master, widened exactly
+                found = [(self.value_of(name), DType.float32) for name in names]
+            else:
+                found = [(tensor := self.tensors[name, state], tensor.dtype) for name in names]
+            self._known_sources[index, state] = found
+        return self._known_sources[index, state]
+
+    @cached_property
+    def _known_sources(self) -> dict[tuple[int, str], list[tuple[Tensor, DType]]]:
+        return {}
 
     # ---- the model file
 
     def model(self, rank: int) -> dict[str, Any]:
         """The object in a rank's model_states file."""
-        entries = layer_entries(
-            self.saved.model, self.checkpoint.moe_layers, self._shapes(), self.ranks, rank
-        )
         changed: dict[str, Any] = {
-            "param_shapes": [self._param_shapes(group) for group in self.sub_groups],
+            **self._of_all_models,
             "frozen_param_fragments": self._frozen(rank),
-            "dp_world_size": self.ranks.world,
-            "ds_config": self.new_config(self.saved.model.get("ds_config"), 3),
             "shared_params": self.saved.model.get("shared_params") if rank == 0 else {},
         }
-        return self.model_entries(changed, entries)
+        return self.model_entries(changed, Constant(self.layer_entries.of(rank)))
 
-    def _shapes(self) -> dict[TensorName, tuple[int, ...]]:
-        return {name: tensor.shape for name, tensor in self.values.items()}
+    @cached_property
+    def _of_all_models(self) -> Mapping[str, Constant]:
+        """What the topology changes alike in every rank's file."""
+        return {
+            "param_shapes": Constant([self._param_shapes(group) for group in self.sub_groups]),
+            "dp_world_size": Constant(self.ranks.world),
+            "ds_config": Constant(self.new_config(self.saved.model.get("ds_config"), 3)),
+        }
 
     def _param_shapes(self, sub_group: SubGroup) -> OrderedDict[str, Any]:
         kind = shape_type(self.saved)
@@ -144,22 +166,23 @@ class _Plan(EnginePlan):
     def optimizer(self, rank: int) -> dict[str, Any]:
         """The object in a rank's optim_states file."""
         zero = self.saved.optimizer["optimizer_state_dict"]
+        shares = self._shares(rank)
         flats = [
             Flat(
-                tuple(self._flat(group, MASTER, rank)),
+                self._flat(index, MASTER, shares[index]),
                 DType.float32,
                 requires_grad=True,
                 attributes={"ds_id": self._ds_id(group)},
             )
-            for group in self.sub_groups
+            for index, group in enumerate(self.sub_groups)
         ]
         changed: dict[str, Any] = {
             "partition_count": self.ranks.world,
             "ds_zero_partition_groups": self._partition_groups(rank),
             "optimizer_state_dict": {
                 **zero["optimizer_state_dict"],
-                "state": self._all_states(rank),
-                "param_groups": self._param_groups(),
+                "state": self._all_states(shares),
+                "param_groups": self._param_groups,
             },
             "fp32_flat_groups": flats,
         }
@@ -169,8 +192,12 @@ class _Plan(EnginePlan):
         return {
             **self.saved.optimizer,
             "optimizer_state_dict": new,
-            "ds_config": self.new_config(self.saved.optimizer.get("ds_config"), 3),
+            "ds_config": self._optimizer_config,
         }
+
+    @cached_property
+    def _optimizer_config(self) -> Constant:
+        return Constant(self.new_config(self.saved.optimizer.get("ds_config"), 3))
 
     def _ds_id(self, sub_group: SubGroup) -> str:
         ends = (sub_group.parameters[0], sub_group.parameters[-1])
@@ -180,42 +207,56 @@ class _Plan(EnginePlan):
         result = []
         for index, group in enumerate(self.sub_groups):
             members = self.ranks.edp_group(rank) if group.is_expert else range(self.ranks.world)
+            if members not in self._members:
+                self._members[members] = Constant(list(members))
             name = f"ep_size_{self.ranks.ep}" if group.is_expert else "replicated"
             result.append(
                 {
                     "sub_group": index,
                     "partition_count": len(members),
                     "partition_rank": members.index(rank),
-                    "partition_ranks": list(members),
+                    "partition_ranks": self._members[members],
                     "families": ["autoep_expert" if group.is_expert else "replicated"],
                     "group_names": [name],
                 }
             )
         return result
 
-    def _param_groups(self) -> list[dict[str, Any]]:
-        return [
-            {
-                **group.options,
-                "params": [i for i, sub in enumerate(self.sub_groups) if sub.group == index],
-            }
-            for index, group in enumerate(self.groups)
-        ]
+    @cached_property
+    def _members(self) -> dict[range, Constant]:
+        """Lists of ranks that share sub-groups."""
+        return {}
 
-    def _all_states(self, rank: int) -> dict[int, Any]:
+    @cached_property
+    def _param_groups(self) -> Constant:
+        return Constant(
+            [
+                {
+                    **group.options,
+                    "params": [i for i, sub in enumerate(self.sub_groups) if sub.group == index],
+                }
+                for index, group in enumerate(self.groups)
+            ]
+        )
+
+    def _all_states(self, shares: list[list[_Share]]) -> dict[int, Any]:
         """Nothing where the source has no optimizer state: the engine then begins with a fresh one."""
-        states = {i: self._state(i, rank) for i in range(len(self.sub_groups))}
+        states = {i: self._state(i, shares[i]) for i in range(len(self.sub_groups))}
         return states if any(states.values()) else {}
 
-    def _state(self, index: int, rank: int) -> dict[str, Any]:
+    def _state(self, index: int, shares: list[_Share]) -> dict[str, Any]:
         sub_group = self.sub_groups[index]
         state: dict[str, Any] = {}
-        for key, scalar in self.scalars_of(sub_group).items():
+        for key, scalar in self._scalars_by_group[index].items():
             state[key] = saved_scalar(scalar)
         for key in self.states[index]:
             dtype = self.tensors[sub_group.parameters[0], key].dtype
-            state[key] = Flat(tuple(self._flat(sub_group, key, rank)), dtype)
+            state[key] = Flat(self._flat(index, key, shares), dtype)
         return state
+
+    @cached_property
+    def _scalars_by_group(self) -> list[dict[str, Scalar]]:
+        return [self.scalars_of(sub_group) for sub_group in self.sub_groups]
 
 
 def _cut(numel: int, count: int, own: int, base: int) -> _Share:
