@@ -16,7 +16,7 @@ from ckpt_tool.formats.beside import DEEPSPEED_FILES
 from ckpt_tool.formats.dcp.reading.beside import find_beside
 from ckpt_tool.formats.registry import TAG_FILES, open_checkpoint
 from ckpt_tool.manifest import JOURNAL, MANIFEST, read_manifest
-from ckpt_tool.replacing import Owned, entries, named
+from ckpt_tool.replacing import Owned, aside, entries, named, parents
 from ckpt_tool.storage import Reader
 
 # DeepSpeed copies this script beside its tags (runtime/engine.py, ``_copy_recovery_script``).
@@ -74,13 +74,15 @@ def _refusal(directory: Path, strangers: Iterable[str], own: Iterable[str]) -> U
 
 def _known(directory: Path, present: list[str]) -> tuple[set[str], CkptToolError | None]:
     """What belongs to the checkpoint in a directory, and why it could not be read, where that is so."""
-    known: set[str] = set()
+    known = {JOURNAL}  # what a removal begins with; it may have been cut off
     try:
         manifest = read_manifest(directory)
     except UnreadableError as error:
         return known, error
     if manifest is not None:
         known = {file.path for file in manifest.files} | {MANIFEST, JOURNAL}
+        # A removal that was cut off leaves directories that are empty.
+        known |= {f"{folder}/" for path in known for folder in parents(path)}
         if known.issuperset(present):
             return known, None
     try:
@@ -121,7 +123,12 @@ def _tag_of(result: Iterable[str]) -> tuple[str | None, frozenset[str]]:
 
 
 def _holds_tags(destination: Path, tag: str) -> bool:
-    return any(_names_a_tag(destination / name) for name in TAG_FILES) or (destination / tag).is_dir()
+    return any(_names_a_tag(destination / name) for name in TAG_FILES) or _is_there(destination / tag)
+
+
+def _is_there(place: Path) -> bool:
+    """Whether a tag has its name, or a run was killed that had set it aside."""
+    return place.is_dir() or aside(place).is_dir()
 
 
 def _names_a_tag(file: Path) -> bool:
@@ -130,7 +137,7 @@ def _names_a_tag(file: Path) -> bool:
         tag = file.read_bytes()[:_LONGEST_TAG].decode().strip() if file.is_file() else ""
     except (OSError, ValueError):
         return False
-    return bool(tag) and "/" not in tag and (file.parent / tag).is_dir()
+    return bool(tag) and "/" not in tag and _is_there(file.parent / tag)
 
 
 def _one_tag(destination: Path, tag: str, beside: frozenset[str]) -> Owned:

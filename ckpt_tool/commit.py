@@ -265,7 +265,8 @@ class Staging:
         if owned is None or owned.tag is None:
             self._name(self.path, self.target, owned and owned.files)
         else:
-            self._move_tag(owned, owned.tag)
+            put_back(self.target / owned.tag)  # where an earlier run was killed between its renames
+            self._move_tag(self._judge(self.target), owned.tag)
         self._moved = True
 
     def _move_tag(self, owned: Owned, tag: str) -> None:

@@ -103,12 +103,13 @@ def remove(directory: Path, files: Collection[str]) -> None:
     """
     with contextlib.suppress(OSError):  # the disk may be full, and this make room on it
         _list_what_goes(directory, files)
-    for path in [*sorted(set(files) - {MANIFEST}), MANIFEST]:
+    for path in sorted(set(files) - {MANIFEST}):
         if not path.endswith("/"):
             (directory / path).unlink(missing_ok=True)
-    folders = {parent for path in files for parent in _parents(path)}
+    folders = {parent for path in files for parent in parents(path)}
     for folder in sorted(folders, key=len, reverse=True):
         _remove_empty(directory / folder)
+    (directory / MANIFEST).unlink(missing_ok=True)
     if not _remove_empty(directory):
         raise ExecutionError(
             f"{directory} holds something that does not belong to the checkpoint that was replaced: "
@@ -119,12 +120,14 @@ def remove(directory: Path, files: Collection[str]) -> None:
 def _list_what_goes(directory: Path, files: Collection[str]) -> None:
     data = manifest_bytes({}, [WrittenFile(path, 0, ()) for path in sorted(files)])
     made = directory / JOURNAL
+    made.unlink(missing_ok=True)
     with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as out:
         out.write(data)
     made.replace(directory / MANIFEST)
 
 
-def _parents(path: str) -> Iterator[str]:
+def parents(path: str) -> Iterator[str]:
+    """The directories that a path lies in, the nearest first."""
     while path := posixpath.dirname(path):
         yield path
 

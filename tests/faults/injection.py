@@ -22,12 +22,24 @@ from typing import Any
 
 # By path or by descriptor in their first argument.
 _CALLS = (
-    "open", "stat", "lstat", "listdir", "scandir", "mkdir", "rename", "unlink", "rmdir", "statvfs",
-    "pread", "preadv", "pwrite", "write", "lseek", "fstat", "ftruncate", "fsync", "close",
+    "open", "stat", "lstat", "listdir", "scandir", "mkdir", "rename", "replace", "unlink", "rmdir",
+    "statvfs",    "pread", "preadv", "pwrite", "write", "lseek", "fstat", "ftruncate", "fsync", "close",
 )  # fmt: skip
 # Those that change something on the disk: between two of them, a kill leaves the same as after the first.
 CHANGING = frozenset(
-    {"open", "mkdir", "rename", "unlink", "rmdir", "pwrite", "write", "ftruncate", "fsync", "file.write"}
+    {
+        "open",
+        "mkdir",
+        "rename",
+        "replace",
+        "unlink",
+        "rmdir",
+        "pwrite",
+        "write",
+        "ftruncate",
+        "fsync",
+        "file.write",
+    }
 )
 
 
@@ -168,6 +180,7 @@ CODES = {
     "scandir": (errno.EACCES, errno.EIO, errno.EMFILE),
     "mkdir": (errno.EACCES, errno.ENOSPC, errno.EROFS, errno.EIO),
     "rename": (errno.EACCES, errno.EIO, errno.ENOSPC, errno.EBUSY),
+    "replace": (errno.EACCES, errno.EIO, errno.ENOSPC),
     "unlink": (errno.EACCES, errno.EIO, errno.EBUSY),
     "rmdir": (errno.EACCES, errno.EIO, errno.EBUSY),
     "pread": (errno.EIO, errno.EINTR, errno.ENOMEM),

@@ -34,9 +34,10 @@ QUICK = (("zero3", "universal"), ("dcp", "hf"), ("hf", "dcp"), ("universal", "ze
 
 
 class Pair:
-    """One conversion from a format to another, in a directory of its own."""
+    """One conversion from a format to another, in a directory of its own. ``replaces`` is what it
+    overwrites: a ``result`` of ckpt-tool, or one ``tag`` of a run."""
 
-    def __init__(self, source: str, target: str, home: Path, *, overwrite: bool = False) -> None:
+    def __init__(self, source: str, target: str, home: Path, *, replaces: str | None = None) -> None:
         self.home, self.target = home, home / "out"
         fixture = ROOT / "fixtures" / FIXTURES.get(source, FIXTURES["zero3"])
         config = fixture / "config.json"
@@ -44,12 +45,16 @@ class Pair:
             shutil.copytree(fixture / "checkpoint", home / "source")
         else:
             api.convert(fixture / "checkpoint", home / "source", to=source, config=config)
-        self._overwrite = overwrite
+        self.replaces = replaces
         self._parameters: dict[str, Any] = {"to": target, "config": config}
         if target.startswith("zero"):
             self._parameters |= {"world": 2, "ep": 1}
-        if overwrite:
+        if replaces == "result":
             api.convert(home / "source", home / "before", to="universal")
+        elif replaces == "tag":
+            shutil.copytree(ROOT / "fixtures/deepspeed/dense_w3/checkpoint", home / "before")
+            shutil.copytree(home / "before" / "global_step2", home / "before" / "global_step1")
+            (home / "before" / "train.log").write_text("loss 2.5")
         self.prepare()
         began = time.monotonic()
         self.convert()
@@ -60,11 +65,11 @@ class Pair:
         for path in self.home.iterdir():
             if path.name not in ("source", "before"):
                 shutil.rmtree(path)
-        if self._overwrite:
+        if self.replaces:
             shutil.copytree(self.home / "before", self.target)
 
     def convert(self) -> None:
-        how = api.Execution(max_memory=1 << 20, workers=2, overwrite=self._overwrite)
+        how = api.Execution(max_memory=1 << 20, workers=2, overwrite=bool(self.replaces))
         api.convert(self.home / "source", self.target, how=how, **self._parameters)
 
     def calls(self) -> list[str]:
@@ -76,11 +81,23 @@ class Pair:
         if self.target.exists():
             found = tree(self.target)
             found.pop(commit.JOURNAL, None)
-            assert found == self.expected or (self._overwrite and found == tree(self.home / "before"))
+            assert found == self.expected or (self.replaces and self._is_between(found))
         self.convert()
         assert tree(self.target) == self.expected
         left = {path.name for path in self.home.iterdir()}
         assert left <= {"source", "before", "out"}, left
+
+    def _is_between(self, found: dict[str, bytes]) -> bool:
+        """Whether the old is there; of a run, a tag that is old or new as a whole, all else as it was."""
+        before = tree(self.home / "before")
+        if self.replaces == "result":
+            return found == before
+        kept = [path for path in before if path.startswith("global_step1/") or path == "train.log"]
+        tags = [
+            {path: data for path, data in held.items() if path.startswith("global_step2/")}
+            for held in (found, before, self.expected)
+        ]
+        return all(found[path] == before[path] for path in kept) and tags[0] in ({}, *tags[1:])
 
     def killed_at(self, number: int) -> bool:
         self.prepare()
@@ -125,18 +142,26 @@ def test_a_kill_at_any_moment(pair: Pair) -> None:
         pair.killed_after(chosen.uniform(0, pair.seconds))
 
 
-@pytest.fixture(scope="module")
-def replacing(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair("zero3", "universal", tmp_path_factory.mktemp("replacing"), overwrite=True)
+@pytest.fixture(scope="module", params=["result", "tag"])
+def replacing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair("zero3", "zero3", tmp_path_factory.mktemp("replacing"), replaces=request.param)
 
 
 def test_a_kill_while_a_result_replaces_another(replacing: Pair) -> None:
-    """From the manifest on: the two renames, and the removal of what was replaced."""
+    """From the first rename on: the others, and the removal of what was replaced."""
     calls = replacing.calls()
-    renamed = [at for at, kind in enumerate(calls) if kind == "rename"]
-    assert len(renamed) == 2
+    renamed = [at for at, kind in enumerate(calls) if kind in ("rename", "replace")]
+    assert len(renamed) > 1
     after = list(range(renamed[1] + 1, len(calls)))
-    for number in (renamed[0], *renamed, *spread(after, 3)):
+    for number in (*renamed[:4], *spread(after, 3)):
+        assert replacing.killed_at(number)
+
+
+@pytest.mark.scale
+def test_a_kill_at_every_step_of_replacing(replacing: Pair) -> None:
+    calls = replacing.calls()
+    steps = list(range(calls.index("rename"), len(calls)))
+    for number in spread(steps, min(30, len(steps))):
         assert replacing.killed_at(number)
 
 
