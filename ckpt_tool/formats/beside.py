@@ -72,8 +72,10 @@ def beside_tags(parent: Path, tag: Path, is_checkpoint: Callable[[Path], bool]) 
 def _is_tag(path: Path, is_checkpoint: Callable[[Path], bool]) -> bool:
     try:
         return is_checkpoint(path)
-    except CkptToolError:  # no right to look into it, say
-        return False
+    except CkptToolError as error:
+        if isinstance(error.__cause__, PermissionError):
+            return False  # nobody's tag that may not be looked into
+        raise
 
 
 def _note(reader: Reader, used: set[str]) -> tuple[str, ...]:

@@ -95,7 +95,12 @@ def _is_checkpoint(path: Path) -> bool:
 def _above(path: Path, directory: Path) -> tuple[str, ...]:
     """What is to be said of the directory that a tag file lies in."""
     parent = path if is_directory(path) else path.parent
-    return () if parent == directory else beside_tags(parent, directory, _is_checkpoint)
+    return () if parent == directory else beside_tags(parent, directory, _is_recognised)
+
+
+def _is_recognised(directory: Path) -> bool:
+    reader = LocalReader(directory)
+    return any(candidate.recognises(reader) for candidate in SOURCES)
 
 
 def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
