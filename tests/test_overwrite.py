@@ -373,3 +373,14 @@ def test_the_command_line_names_what_is_in_the_way(tmp_path: Path) -> None:
     assert done.rc == 2
     assert "thesis.tex" in done.stderr
     assert (home / "thesis.tex").exists()
+
+
+def test_a_removal_that_left_empty_directories_behind(results: dict[str, Path], tmp_path: Path) -> None:
+    """A kill between a directory's last file and the directory: what the manifest lists lay in it."""
+    target = shutil.copytree(results["hf"], tmp_path / "out")
+    old = shutil.copytree(results["universal"], replacing.aside(target))
+    for file in (old / UNIVERSAL).rglob("*.pt"):
+        file.unlink()
+    overwrite(target)
+    assert tree(target) == fresh("universal", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "fresh"}
