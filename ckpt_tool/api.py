@@ -37,6 +37,7 @@ from ckpt_tool.formats.deepspeed.writing.module_order import with_module_order
 from ckpt_tool.formats.hf.quantised import refuse_unreadable
 from ckpt_tool.formats.registry import TARGETS, locate, open_checkpoint
 from ckpt_tool.integrity import check, check_files
+from ckpt_tool.layout import LeftOut
 from ckpt_tool.manifest import read_manifest
 from ckpt_tool.model_files import (
     check_same_family,
@@ -182,7 +183,7 @@ def convert(
             )
         if checkpoint.nameless and not (to == "dcp" and style is None):
             raise UnreadableError(f"{checkpoint.root}: {checkpoint.nameless}")
-        left_out: Mapping[str, str] = {}
+        left_out: tuple[LeftOut, ...] = ()
         if to == "hf" or _engine(checkpoint.format) != _engine(TARGETS[to].name):
             refuse_adapters(checkpoint)
             if model_config is not None:
@@ -213,8 +214,8 @@ def convert(
             weights_only=weights_only,
         )
         layout = TARGETS[to].layout(checkpoint, options)
-        layout = replace(layout, left_out={**layout.left_out, **left_out})
-        plan = make_plan(layout)
+        layout = replace(layout, left_out=(*layout.left_out, *left_out))
+        plan = make_plan(layout, checkpoint)
         destination = Path(os.path.abspath(target))  # noqa: PTH100 (keep symlinks as the user wrote them)
         outcome = Outcome(None)
         refuse_own_source(Path(reader.root), destination)
@@ -236,7 +237,7 @@ def convert(
         bytes_written=plan.bytes_written,
         files=len(plan.files),
         peak_memory_bytes=budget.nbytes(plan.largest_block),
-        left_out=layout.left_out,
+        left_out={one.label: one.reason for one in plan.left_out},
         casts=tuple((cast.label, cast.source, cast.target) for cast in plan.casts),
         notes=(*layout.notes, *files_left, *outcome.notes, *([lacking] if lacking else [])),
         verdict=outcome.verdict,

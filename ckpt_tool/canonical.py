@@ -275,12 +275,36 @@ class TrainingState:
 class SourceFile(NamedTuple):
     """A file of the source. ``fingerprint`` changes when its content does and costs no data to read
     (for torch archives: a hash of the zip directory, which holds a CRC-32 of every record). ``archives``
-    says where torch archives lie in it: (offset, length) in bytes."""
+    says where torch archives lie in it: (offset, length) in bytes.
+
+    ``stored`` says where tensors lie in it, as its container alone states it, before anybody knows what
+    they are: offset, length, offset, length, ... in bytes. ``read`` are those of them that were read into
+    the catalogue itself (numbers, such as ``step``), or compared with what it holds.
+    """
 
     path: str
     size: int
     fingerprint: str
     archives: tuple[tuple[int, int], ...] = ()
+    stored: Sequence[int] = ()
+    read: Sequence[int] = ()
+
+
+class Apart(NamedTuple):
+    """Stored bytes that hold no element of a catalogue's tensors, and why: padding, copies."""
+
+    file: str
+    offset: int
+    length: int
+    reason: str
+
+
+class Decoded(NamedTuple):
+    """A file of values that are computed as they are read: its bytes, and the ``stored`` tensors that they
+    are computed from."""
+
+    length: int
+    stored: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -297,7 +321,9 @@ class Checkpoint:
     (``wrappers``), by those here; also those of layers and MoE blocks. ``unresolved`` says why optimizer
     state that the checkpoint has is not among ``tensors``, and ``nameless`` why the names in it are not
     those of a model, where that is so. ``layout_hint`` is what the format's own writer needs to write the
-    like again; nobody else looks into it.
+    like again; nobody else looks into it. ``others`` are stored tensors that are neither the model's nor
+    its optimizer's, which only a writer of the same framework has a place for. ``apart`` are stored bytes
+    that hold no element of any tensor, ``decoded`` the files of values by their paths.
     """
 
     format: str
@@ -318,6 +344,9 @@ class Checkpoint:
     nameless: str = ""
     layout_hint: Any = None
     notes: tuple[str, ...] = ()
+    others: tuple[Tensor, ...] = ()
+    apart: Iterable[Apart] = ()
+    decoded: Mapping[str, Decoded] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.format} at {self.root!r}: {len(self.tensors)} tensors>"

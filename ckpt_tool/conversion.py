@@ -84,9 +84,8 @@ def carry_out(
         ExecutionError: disk, storage, or the source changed.
         DamagedError: the source is not what its own checksums say.
     """
-    kept = checkpoint.select(
-        tensor for tensor in checkpoint.tensors if tensor.label() not in plan.layout.left_out
-    )
+    left_out = {one.label for one in plan.left_out}
+    kept = checkpoint.select(tensor for tensor in checkpoint.tensors if tensor.label() not in left_out)
     identity = _identity(plan, checkpoint, to, options)
 
     def judge(place: Path) -> Owned:

@@ -7,9 +7,9 @@ executor, which know no format.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import overload
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, overload
 
 from ckpt_tool.canonical import DType, Tensor
 
@@ -84,19 +84,30 @@ class TargetFile:
     crc_slots: tuple[CrcSlot, ...] = ()
 
 
+class LeftOut(NamedTuple):
+    """A tensor (None: another object) that the target does not hold, under its name in the report."""
+
+    label: str
+    tensor: Tensor | None
+    reason: str
+
+
+def left_out(tensors: Iterable[Tensor], reason: str) -> tuple[LeftOut, ...]:
+    """Tensors that the target does not hold, for one reason."""
+    return tuple(LeftOut(tensor.label(), tensor, reason) for tensor in tensors)
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """All files of a target, and what the user is to know about it.
 
     ``files`` may compute each file when it is asked for: a large target has millions of fills.
-    ``source`` is the catalogue the fills draw from, under the names the target uses. ``left_out`` maps
-    the label of each tensor of it that the target has no place for to the reason.
-    ``notes`` are sentences for the report.
+    ``left_out`` are the tensors of the source that the target has no place for. ``notes`` are sentences for
+    the report.
     """
 
     files: Sequence[TargetFile]
-    source: tuple[Tensor, ...]
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
 
 

@@ -1,20 +1,22 @@
 """Planning: a layout and a source catalogue in, a checked list of copies out. Pure, no tensor bytes.
 
 The plan is the whole argument that a conversion is right: every byte of every target file is written
-exactly once, every element of every source tensor is used or named as left out, and whatever cannot be
-accounted for refuses the conversion before a byte is written. The same inputs give the same plan.
+exactly once, every byte that the source's containers hold of tensors is used or named as left out, and
+whatever cannot be accounted for refuses the conversion before a byte is written. The same inputs give the
+same plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ckpt_tool.canonical import CASTABLE, Regions, Tensor
+from ckpt_tool.accounting import Bytes
+from ckpt_tool.canonical import CASTABLE, Checkpoint, Regions, Tensor
 from ckpt_tool.errors import CkptToolError, CoverageError, UnreadableError, UsageError
 from ckpt_tool.geometry import Piece, block_numel, check_disjoint, cut, pieces
-from ckpt_tool.layout import Fill, Layout, TargetFile
+from ckpt_tool.layout import Fill, Layout, LeftOut, TargetFile, left_out
 
 
 class Cast(NamedTuple):
@@ -27,14 +29,16 @@ class Cast(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A layout that was found to be complete, with its totals in bytes. ``largest_block`` is the most
-    that is best loaded at once: a matrix to be transposed.
+    """A layout that was found to be complete, with its totals in bytes. ``left_out`` are all tensors that
+    the target does not hold. ``largest_block`` is the most that is best loaded at once: a matrix to be
+    transposed.
 
     The copies themselves are computed file by file when they are needed (``copies``), because a large
     checkpoint has millions.
     """
 
     layout: Layout
+    left_out: tuple[LeftOut, ...]
     bytes_read: int
     bytes_written: int
     largest_block: int
@@ -50,14 +54,19 @@ def copies(fill: Fill) -> list[Piece]:
     return pieces(fill.tensor, fill.start, fill.numel)
 
 
-def make_plan(layout: Layout) -> Plan:
-    """Check a layout against the catalogue it draws from, ``layout.source``.
+def make_plan(layout: Layout, checkpoint: Checkpoint) -> Plan:
+    """Check a layout against the source it draws from.
+
+    What the source holds is what its containers say: every stored byte is read by some fill, or belongs
+    to a tensor that is left out with a reason, to a copy that is compared, to padding, or was read into
+    the catalogue. Names play no part in it.
 
     Raises:
-        CoverageError: a source element is missing or ambiguous, a source tensor is neither used nor
-            named as left out, or a target file has a gap or an overlap.
+        CoverageError: a source element is missing or ambiguous, a stored byte is neither used nor named as
+            left out, or a target file has a gap or an overlap.
     """
-    used: dict[str, _Ranges] = {}
+    used = Bytes()
+    empty: set[str] = set()
     casts: dict[str, Cast] = {}
     bytes_read = bytes_written = largest_block = 0
     paths: set[str] = set()
@@ -74,12 +83,15 @@ def make_plan(layout: Layout) -> Plan:
             if id(tensor.regions) not in seen:
                 seen[id(tensor.regions)] = tensor.regions
                 check_disjoint(tensor)
-            block = block_numel(tensor, copies(fill))
+            found = copies(fill)
+            block = block_numel(tensor, found)
             if block > 1:
                 itemsize = max(tensor.dtype.itemsize, fill.dtype.itemsize)
                 largest_block = max(largest_block, block * itemsize)
             bytes_read += fill.numel * tensor.dtype.itemsize
-            used.setdefault(tensor.label(), _Ranges()).add(fill.start, fill.numel)
+            used.add_pieces(found, tensor.dtype.itemsize)
+            if not tensor.numel:
+                empty.add(tensor.label())
             if fill.dtype is not tensor.dtype:
                 label = tensor.label()
                 if not {tensor.dtype, fill.dtype} <= CASTABLE:
@@ -88,9 +100,80 @@ def make_plan(layout: Layout) -> Plan:
                         "--dtype out, or choose another."
                     )
                 casts[label] = Cast(label, str(tensor.dtype), str(fill.dtype))
-    for tensor in layout.source:
-        _check_use(tensor, used.get(tensor.label()), layout)
-    return Plan(layout, bytes_read, bytes_written, largest_block, tuple(casts.values()))
+    left = (*layout.left_out, *_unused_others(checkpoint, layout, used))
+    _check_empty(checkpoint, left, empty)
+    _check_stored(checkpoint, left, used)
+    return Plan(layout, left, bytes_read, bytes_written, largest_block, tuple(casts.values()))
+
+
+def _unused_others(checkpoint: Checkpoint, layout: Layout, used: Bytes) -> tuple[LeftOut, ...]:
+    """The tensors beside the model and its optimizer that no fill reads, and no reason was given for."""
+    named = {one.label for one in layout.left_out}
+    others = [
+        tensor
+        for tensor in checkpoint.others
+        if not ({tensor.label(), str(tensor.name)} & named) and not _reads(tensor, used)
+    ]
+    return left_out(others, "neither the model's nor its optimizer's")
+
+
+def _reads(tensor: Tensor, used: Bytes) -> bool:
+    """Whether all bytes of a tensor are in the set."""
+    own = Bytes()
+    own.add_pieces(tensor.regions, tensor.dtype.itemsize)
+    return own.within(used)
+
+
+def _check_empty(checkpoint: Checkpoint, left: Iterable[LeftOut], used: set[str]) -> None:
+    """Tensors of no elements have no bytes that would be missed: they are counted."""
+    known = [tensor.label() for tensor in checkpoint.tensors if not tensor.numel]
+    left_empty = sum(1 for one in left if one.tensor is not None and not one.tensor.numel)
+    if len(known) > len(used) + left_empty:
+        lost = next((label for label in known if label not in used), known[0])
+        raise CoverageError(
+            f"{lost}: the target has no place for it and it is not named as left out. This is a bug in "
+            "ckpt-tool; nothing was written."
+        )
+
+
+def _check_stored(checkpoint: Checkpoint, left: Iterable[LeftOut], used: Bytes) -> None:
+    """Every stored byte of the source is accounted for."""
+    for path, decoded in checkpoint.decoded.items():
+        if used.holds(path, 0, decoded.length):
+            _add(used, decoded.stored)
+    _add(used, [one.tensor for one in left if one.tensor is not None])
+    for tensor in checkpoint.tensors:
+        used.add_pieces(tensor.replicas, tensor.dtype.itemsize)
+    by_name = {tensor.name: tensor for tensor in checkpoint.tensors}
+    for copy, name in checkpoint.equal.items():
+        if copy in by_name and name in by_name and _reads(by_name[name], used):
+            _add(used, [by_name[copy]])
+    for apart in checkpoint.apart:
+        used.add(apart.file, apart.offset, apart.offset + apart.length)
+    for source in checkpoint.files:
+        for offset, length in _pairs(source.read):
+            used.add(source.path, offset, offset + length)
+    for source in checkpoint.files:
+        extents = list(_pairs(source.stored))
+        for number, position in used.missing(source.path, extents) if extents else ():
+            offset, length = extents[number]
+            raise CoverageError(
+                f"{checkpoint.root}/{source.path}: of the tensor stored in bytes {offset} to "
+                f"{offset + length}, byte {position} goes nowhere: the target has no place for it, and it "
+                "is not named as left out. Nothing was written. Please report it with the output of "
+                "`ckpt-tool inspect --json`."
+            )
+
+
+def _add(used: Bytes, tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        used.add_pieces(tensor.regions, tensor.dtype.itemsize)
+        if tensor.encoding is not None:
+            _add(used, tensor.encoding.stored)
+
+
+def _pairs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    return zip(numbers[::2], numbers[1::2], strict=True)
 
 
 def _check_path(path: str) -> None:
@@ -103,39 +186,6 @@ def _check_path(path: str) -> None:
         raise UnreadableError(
             f"A name in the checkpoint would make the target's file {path!r}, outside of the destination. "
             "This checkpoint is damaged or hostile."
-        )
-
-
-class _Ranges:
-    """The elements of a tensor that were used. Adjacent ranges become one, so that the ranks of a large
-    run, which take neighbouring pieces, leave few."""
-
-    def __init__(self) -> None:
-        self._start_of: dict[int, int] = {}  # end of a range -> its start
-
-    def add(self, start: int, numel: int) -> None:
-        end, first = start + numel, self._start_of.pop(start, start)
-        self._start_of[end] = min(first, self._start_of.get(end, first))
-
-    def first_unused(self) -> int:
-        """The first element not in any range."""
-        position = 0
-        for start, end in sorted((start, end) for end, start in self._start_of.items()):
-            if start > position:
-                break
-            position = max(position, end)
-        return position
-
-
-def _check_use(tensor: Tensor, used: _Ranges | None, layout: Layout) -> None:
-    if tensor.label() in layout.left_out:
-        return
-    position = used.first_unused() if used else 0
-    if used is None or position < tensor.numel:
-        where = tensor.element(position) if tensor.numel else tensor.label()
-        raise CoverageError(
-            f"{where}: the target has no place for it and it is not named as left out. This is a bug in "
-            "ckpt-tool; nothing was written."
         )
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from ckpt_tool.canonical import Checkpoint, DType, ExpertName, Region, Tensor, contiguous
+from ckpt_tool.canonical import Checkpoint, DType, ExpertName, Region, SourceFile, Tensor, contiguous
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Silent
@@ -186,6 +187,24 @@ def tree(path: Path) -> dict[str, bytes]:
 # ---- writing through the code under test
 
 
+def nothing_stored(*tensors: Tensor, root: str = ".") -> Checkpoint:
+    """A catalogue of a source in which no container says what is stored."""
+    return Checkpoint("made-by-a-test", root, "hub", tensors, ())
+
+
+def stored_whole(*tensors: Tensor) -> Checkpoint:
+    """A catalogue of a source whose containers hold exactly the regions of these tensors."""
+    by_file: dict[str, list[int]] = {}
+    for tensor in tensors:
+        for region in tensor.regions:
+            assert isinstance(region, Region)
+            by_file.setdefault(region.file, []).extend(
+                (region.offset, region.numel * tensor.dtype.itemsize)
+            )
+    files = tuple(SourceFile(path, 0, "", (), stored) for path, stored in by_file.items())
+    return replace(nothing_stored(*tensors), files=files)
+
+
 def carry_out(
     layout: Layout,
     source: Path,
@@ -200,7 +219,7 @@ def carry_out(
     written: list[WrittenFile] = []
     try:
         execute(
-            make_plan(layout),
+            make_plan(layout, nothing_stored()),
             reader,
             LocalWriter(target, fsync=fsync),
             budget or Budget.share(8 << 20, 2),

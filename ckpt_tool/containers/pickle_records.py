@@ -195,6 +195,22 @@ def members(value: Any) -> list[Any]:
     return [value.attributes] if isinstance(value, TensorRecord) else []
 
 
+def tensor_records(value: Any) -> list[TensorRecord]:
+    """All tensors in an object that a pickle described, each once."""
+    found: list[TensorRecord] = []
+    seen: set[int] = set()
+    left = [value]
+    while left:
+        one = left.pop()
+        if type(one) in LEAVES or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, TensorRecord):
+            found.append(one)
+        left += members(one)
+    return found
+
+
 def map_containers(value: Any, change: Callable[[Any], Any]) -> Any:
     """``value`` with ``change`` applied to the members of its containers, stand-ins among them.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,7 +92,9 @@ class SafetensorsFile:
                 f"{where}: the header describes {8 + length + position} bytes, the file has {size}. "
                 "Truncated, or two files in one."
             )
-        self.source = SourceFile(path, size, xxhash.xxh3_64_hexdigest(raw))
+        start = 8 + length
+        stored = [n for begin, end, _ in spans if begin < end for n in (start + begin, end - begin)]
+        self.source = SourceFile(path, size, xxhash.xxh3_64_hexdigest(raw), stored=array("q", stored))
 
 
 def _parse(raw: bytes, where: str) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import binascii
 import struct
+from array import array
 from bisect import bisect_right
 from collections.abc import Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import xxhash
@@ -20,6 +22,7 @@ from ckpt_tool.storage import Reader
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _CHUNK = 1 << 20
+_TENSORS = "data/"
 _SAMPLE = 4096
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END, _END_MARK = struct.Struct("<4s4H2IH"), b"PK\x05\x06"
@@ -54,6 +57,8 @@ class StoredZip:
 
     def __init__(self, reader: Reader, path: str, offset: int = 0, length: int | None = None) -> None:
         self.path = path
+        self._offsets: dict[str, int] = {}
+        self._looked_into = array("q")
         self._reader, self._base = reader, offset
         self.where = f"{reader.root}/{path}" + (f" at byte {offset}" if length is not None else "")
         held = reader.size(path)
@@ -66,10 +71,33 @@ class StoredZip:
         directory = self._read_directory()
         self._starts = sorted(record.header_offset for record in self.records.values())
         self._check_bounds()
-        self.source = SourceFile(path, self.size, self._fingerprint(directory), ((offset, self.size),))
+        self._fingerprinted = self._fingerprint(directory)
         for name, info in self.records.items():
             if info.compress_type or info.file_size != info.compress_size:
                 raise UnreadableError(f"{self.where}: record {name} is compressed; torch stores.")
+
+    @cached_property
+    def source(self) -> SourceFile:
+        """The archive as a file of the source, with where its tensors lie."""
+        archives = ((self._base, self.size),)
+        read = self._looked_into
+        return SourceFile(self.path, self.size, self._fingerprinted, archives, self.stored(), read)
+
+    def stored(self) -> array[int]:
+        """Where tensors lie, as ``SourceFile`` has it: in torch's records ``data/*``."""
+        found = array("q")
+        for name, record in self.records.items():
+            if record.file_size and name.startswith(_TENSORS):
+                found.extend((self.record_offset(name), record.file_size))
+        return found
+
+    def account_for(self, name: str) -> None:
+        """Note that a record's bytes are in the catalogue as values, or equal to those of one that is."""
+        self.account_for_bytes(self.record_offset(name), self.info(name).file_size)
+
+    def account_for_bytes(self, offset: int, length: int) -> None:
+        """The same of bytes of the file."""
+        self._looked_into.extend((offset, length))
 
     def _read_directory(self) -> bytes:
         """The directory and the end that follows it; its entries become ``records``."""
@@ -146,7 +174,12 @@ class StoredZip:
 
     def record_offset(self, name: str) -> int:
         """Where a record's data begins in the file; its local header alone knows the padding."""
-        info = self.info(name)
+        known = self._offsets.get(name)
+        if known is None:
+            known = self._offsets[name] = self._found_offset(self.info(name), name)
+        return known
+
+    def _found_offset(self, info: Record, name: str) -> int:
         stated = info.stated
         large = _ZIP64_FIELD if info.file_size >= _SATURATED else 0
         room = min(LOCAL_HEADER.size + len(stated) + large + _FIELD, self.size - info.header_offset)

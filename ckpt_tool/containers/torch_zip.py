@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ckpt_tool.accounting import Bytes
 from ckpt_tool.canonical import DType, Region, Tensor, contiguous
 from ckpt_tool.containers import pickle_writer, pickles
 from ckpt_tool.containers.alike import Alike
@@ -26,6 +27,7 @@ from ckpt_tool.containers.pickle_records import (
     check_spelled_out,
     has_storage,
     map_containers,
+    tensor_records,
 )
 from ckpt_tool.containers.pickle_writer import Spelled
 from ckpt_tool.containers.stored_zip import LOCAL_HEADER, StoredZip
@@ -46,6 +48,7 @@ class TorchArchive(StoredZip):
     the archive lies: a .distcp file is many archives back to back. ``extra`` is passed on to
     ``pickles.loads``. A pickle of more than ``largest`` bytes is not read; ``root`` says so (``Unread``).
     ``alike`` reads the pickles of many archives that have much in common; nobody may change ``root`` then.
+    ``compared`` says that another archive has the values that are taken, and this one's are compared.
 
     Raises:
         UnreadableError: the file is missing, truncated, or no torch archive.
@@ -62,7 +65,10 @@ class TorchArchive(StoredZip):
         extra: Mapping[tuple[str, str], Any] | None = None,
         largest: int | None = None,
         alike: Alike | None = None,
+        compared: bool = False,
     ) -> None:
+        self.compared = compared
+        self._views = False
         super().__init__(reader, path, offset, length)
         if "byteorder" in self.records and self.read_record("byteorder") != b"little":
             raise UnreadableError(f"{self.where} was saved on a big-endian machine; not supported.")
@@ -78,7 +84,10 @@ class TorchArchive(StoredZip):
         check_spelled_out(self.root, size, self.where)
 
     def storage_crc(self, record: TensorRecord) -> int:
-        """The CRC-32 of a tensor's storage: as the archive states it, else computed."""
+        """The CRC-32 of a tensor's storage: as the archive states it, else computed. In an archive whose
+        tensors are only ``compared`` that accounts for it."""
+        if self.compared:
+            self.account_for(f"data/{record.storage.key}")
         return self.record_crc(f"data/{record.storage.key}")
 
     def offset_of(self, record: TensorRecord) -> int:
@@ -113,10 +122,31 @@ class TorchArchive(StoredZip):
                 f"needs {storage.numel * itemsize}. The file is damaged; copy it again from where it was "
                 "saved."
             )
+        if record.numel * record.dtype.itemsize != storage.numel * itemsize and not self._views:
+            self._find_views()
         return self.record_offset(name) + record.offset * record.dtype.itemsize
 
+    def _find_views(self) -> None:
+        """torch saves whole storages: of one that no tensor covers, the rest belongs to nobody. It is noted
+        as accounted for, once all tensors in the archive are known."""
+        self._views = True
+        held = Bytes()
+        for record in tensor_records(self.root):
+            if record.numel:
+                start = record.offset * record.dtype.itemsize
+                steps = zip(record.shape, record.stride, strict=True)
+                last = sum((count - 1) * stride for count, stride in steps)
+                end = start + (last + 1) * record.dtype.itemsize
+                held.add(record.storage.key, start, end)
+        for key in {record.storage.key for record in tensor_records(self.root) if record.numel}:
+            name = f"data/{key}"
+            at, size = self.record_offset(name), self.info(name).file_size
+            for start, end in held.gaps(key, size):
+                self.account_for_bytes(at + start, end - start)
+
     def read_tensor(self, record: TensorRecord) -> bytes:
-        """The bytes of a small contiguous tensor."""
+        """The bytes of a small contiguous tensor, which are accounted for."""
+        self.account_for(f"data/{record.storage.key}")
         return self._reader.read(self.path, self.offset_of(record), record.numel * record.dtype.itemsize)
 
     def describe(self, value: Any) -> Any:
@@ -124,6 +154,17 @@ class TorchArchive(StoredZip):
         if isinstance(value, TensorRecord):
             return self.tensor("client_state", "weight", value)
         return map_containers(value, self.describe)
+
+    def carried(self, value: Any) -> Any:
+        """The same of an object that goes on, or is left out, as a whole: its tensors are accounted for."""
+        self.account_for_tensors(value)
+        return self.describe(value)
+
+    def account_for_tensors(self, value: Any) -> None:
+        """``account_for`` the storages of all tensors in ``value``."""
+        for record in tensor_records(value):
+            if record.storage.numel:
+                self.account_for(f"data/{record.storage.key}")
 
     def digest(self, value: Any) -> str:
         """A text equal for equal values; tensors compare by the CRC-32 of their storage."""

@@ -20,6 +20,7 @@ from ckpt_tool.families.agreement import check_config, promised_mtp_layers
 from ckpt_tool.families.completeness import OTHER_HEADS
 from ckpt_tool.families.expected import Expected, composites_of, expected_of, text_of
 from ckpt_tool.families.naming import to_hub
+from ckpt_tool.layout import LeftOut, left_out
 from ckpt_tool.wrappers import renamed
 
 _MTP = re.compile(r"(?:.*\.)?mtp(?:_\w+)?(?:\..*)?")
@@ -33,7 +34,7 @@ class Fitted(NamedTuple):
 
     checkpoint: Checkpoint
     config: Mapping[str, Any]
-    left_out: Mapping[str, str]
+    left_out: tuple[LeftOut, ...]
 
 
 def fitted(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Fitted:
@@ -46,15 +47,15 @@ def fitted(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Fitted:
     try:
         family = family_of(config)
     except UsageError:
-        return Fitted(checkpoint, config, {})
+        return Fitted(checkpoint, config, ())
     if adapters_name(tensor.name for tensor in checkpoint.tensors):
-        return Fitted(checkpoint, config, {})
+        return Fitted(checkpoint, config, ())
     published = to_hub(checkpoint, family, config)
     if expected is None or not expected.writes_text or family.untranslated:
-        return Fitted(_with_promises(checkpoint, published, config, family, None), config, {})
+        return Fitted(_with_promises(checkpoint, published, config, family, None), config, ())
     root = _root(published, expected)
     if root is None or root in _roots(config, expected):
-        return Fitted(_with_promises(checkpoint, published, config, family, expected), config, {})
+        return Fitted(_with_promises(checkpoint, published, config, family, expected), config, ())
     text = text_of(config)
     towers = [
         t.name
@@ -63,7 +64,7 @@ def fitted(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Fitted:
     ]
     if text is not None and root == text.root:
         if towers:
-            return Fitted(_moved(published, text, expected), config, {})
+            return Fitted(_moved(published, text, expected), config, ())
         return _as_text_model(checkpoint, config, text)
     whole = next((one for one in composites_of(config) if one.root == root), None)
     if whole is not None:
@@ -186,7 +187,7 @@ def _as_text_model(checkpoint: Checkpoint, config: Mapping[str, Any], text: Expe
         f"under {text.root}: it is converted as {text.architecture}, with that model's own config.json. "
         "The other parts (vision, audio) are not in the checkpoint."
     )
-    return Fitted(replace(checkpoint, notes=(*checkpoint.notes, note)), own, {})
+    return Fitted(replace(checkpoint, notes=(*checkpoint.notes, note)), own, ())
 
 
 def _without_towers(
@@ -194,20 +195,20 @@ def _without_towers(
 ) -> Fitted:
     """A composite's text model, under the names it has by itself."""
     why = f"{text.architecture}, which config.json asks for, has no such part"
-    left_out = {
-        tensor.label(): why
+    towers = [
+        tensor
         for tensor in published.tensors
         if isinstance(tensor.name, str) and tensor.name.startswith(whole.towers)
-    }
-    kept = published.select(t for t in published.tensors if t.label() not in left_out)
-    found = _moved(kept, whole, text)
-    if left_out:
+    ]
+    names = {tensor.name for tensor in towers}
+    found = _moved(published.select(t for t in published.tensors if t.name not in names), whole, text)
+    if towers:
         note = (
             f"config.json is of {text.architecture}, and the checkpoint is a composite model: its "
-            f"text model is converted, and {len(left_out)} tensors of other parts are left out."
+            f"text model is converted, and {len(towers)} tensors of other parts are left out."
         )
         found = replace(found, notes=(*found.notes, note))
-    return Fitted(found, config, left_out)
+    return Fitted(found, config, left_out(towers, why))
 
 
 def _moved(published: Checkpoint, source: Expected, target: Expected) -> Checkpoint:

@@ -29,8 +29,7 @@ def opened(path: Path) -> SafetensorsFile:
 
 
 def write(directory: Path, slots: list[tuple[str, Slot]], metadata: Mapping[str, str]) -> Path:
-    tensors = tuple({id(slot.tensor): slot.tensor for _, slot in slots}.values())
-    layout = Layout((safetensors_file("file.safetensors", slots, metadata),), tensors)
+    layout = Layout((safetensors_file("file.safetensors", slots, metadata),))
     carry_out(layout, directory, directory / "out")
     return directory / "out" / "file.safetensors"
 

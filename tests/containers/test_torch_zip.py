@@ -40,7 +40,7 @@ def opened(path: Path) -> TorchArchive:
 
 def write(directory: Path, value: Any, tensors: list[Tensor], **options: Any) -> Path:
     """Write ``value`` as an archive below ``directory/out``; its tensors lie in ``directory``."""
-    layout = Layout((torch_file("file.pt", value, **options),), tuple(tensors))
+    layout = Layout((torch_file("file.pt", value, **options),))
     carry_out(layout, directory, directory / "out")
     return directory / "out" / "file.pt"
 
@@ -286,7 +286,7 @@ def test_the_written_file_is_as_large_as_planned(tmp_path: Path) -> None:
 def test_the_same_value_gives_the_same_bytes(tmp_path: Path) -> None:
     value, tensors, _ = some_tree(tmp_path)
     first = write(tmp_path, value, tensors).read_bytes()
-    layout = Layout((torch_file("file.pt", value),), tuple(tensors))
+    layout = Layout((torch_file("file.pt", value),))
     carry_out(layout, tmp_path, tmp_path / "again", budget=Budget(4, 64))
     assert (tmp_path / "again" / "file.pt").read_bytes() == first
 
@@ -313,7 +313,7 @@ def test_reads_what_it_wrote(tmp_path: Path) -> None:
 def test_torch_sees_crcs_that_are_right(tmp_path: Path) -> None:
     """Every storage's CRC-32 is that of its bytes, also where several workers wrote it in pieces."""
     (source,) = stored(tmp_path, {"t": some_of(torch.uint8, 300_000)}).values()
-    layout = Layout((torch_file("file.pt", {"t": source}),), (source,))
+    layout = Layout((torch_file("file.pt", {"t": source}),))
     carry_out(layout, tmp_path, tmp_path / "out", budget=Budget(3, 4096))
     check_archive(tmp_path / "out" / "file.pt")
 

@@ -48,7 +48,8 @@ _BUDGET = Budget.share(1 << 20, 1)
 def convert(source: Path, target: Path, style: str, dtype: DType | None = None) -> None:
     target.mkdir()
     reader, checkpoint = open_checkpoint(source)
-    plan = make_plan(HuggingFace().layout(checkpoint, TargetOptions(hf_layout=style, dtype=dtype)))
+    layout = HuggingFace().layout(checkpoint, TargetOptions(hf_layout=style, dtype=dtype))
+    plan = make_plan(layout, checkpoint)
     writer = LocalWriter(target, fsync=False)
     execute(
         plan, reader, writer, _BUDGET, meter=Silent(), skip=lambda file: False, on_file=lambda file: None

@@ -29,7 +29,17 @@ from ckpt_tool.layout import Layout, whole
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader, LocalWriter
 from ckpt_tool.written import WrittenFile
-from tests.conftest import DTYPES, carry_out, checkpoint_of, config_of, raw, some_of, stored, tree
+from tests.conftest import (
+    DTYPES,
+    carry_out,
+    checkpoint_of,
+    config_of,
+    nothing_stored,
+    raw,
+    some_of,
+    stored,
+    tree,
+)
 
 FLOATS = [
     torch.float64,
@@ -89,7 +99,7 @@ def test_bytes_do_not_depend_on_tiles(tile: int, largest: int, workers: int, tmp
     described |= stored(tmp_path, {"d": torch.linspace(-9, 9, 4001)}, file="second.bin")
     turned = take(described["a"], [Axis(1, 0, 100), Axis(0, 0, 50)])
     value = {**described, "t": turned, "half": whole(described["d"], DType.float16)}
-    layout = Layout((torch_file("f.pt", value),), tuple(described.values()))
+    layout = Layout((torch_file("f.pt", value),))
     carry_out(layout, tmp_path, tmp_path / "out", budget=Budget(workers, tile, largest))
     found = torch.load(tmp_path / "out" / "f.pt", weights_only=True)
     values["d"] = torch.linspace(-9, 9, 4001)
@@ -115,14 +125,14 @@ def test_matrices_to_be_transposed_are_read_whole_and_once(dtype: DType, tmp_pat
     values = torch.randn(4, 300, 200)
     described = stored(tmp_path, {"a": values})["a"]
     turned = take(described, [Axis(0, 0, 4), Axis(2, 0, 200), Axis(1, 0, 300)])
-    layout = Layout((torch_file("f.pt", [whole(turned, dtype)]),), (described,))
+    layout = Layout((torch_file("f.pt", [whole(turned, dtype)]),))
     reader = Counted(tmp_path)
     budget = Budget(2, 4096, 1 << 20)
     carry_out(layout, tmp_path, tmp_path / "out", budget=budget, reader=reader)
     (found,) = torch.load(tmp_path / "out" / "f.pt", weights_only=True)
     assert torch.equal(found, values.transpose(1, 2).to(found.dtype))
     assert (reader.reads, reader.nbytes) == (4, values.nbytes)
-    assert make_plan(layout).largest_block == 300 * 200 * 4
+    assert make_plan(layout, nothing_stored()).largest_block == 300 * 200 * 4
 
 
 def test_a_file_larger_than_one_extent_is_whole(tmp_path: Path) -> None:
@@ -131,7 +141,7 @@ def test_a_file_larger_than_one_extent_is_whole(tmp_path: Path) -> None:
     (tmp_path / "big").write_bytes(os.urandom(1024) * (count // 1024))
     numel = (tmp_path / "big").stat().st_size
     source = Tensor("t", "weight", (numel,), DType.uint8, (Region(0, numel, "big", 0),))
-    layout = Layout((torch_file("f.pt", {"t": source}),), (source,))
+    layout = Layout((torch_file("f.pt", {"t": source}),))
     written = carry_out(layout, tmp_path, tmp_path / "out", budget=Budget(2, 1 << 20))
     with zipfile.ZipFile(tmp_path / "out" / "f.pt") as archive:
         assert archive.testzip() is None
@@ -171,7 +181,7 @@ def test_casts_are_torchs(source: torch.dtype, target: torch.dtype, tile: int, t
     values = torch.cat([torch.tensor(SPECIAL, dtype=torch.float64).to(source), some_of(source, 2000)])
     values = without_overflow(values, target)
     described = stored(tmp_path, {"t": values})["t"]
-    layout = Layout((torch_file("f.pt", [whole(described, DTYPES[target])]),), (described,))
+    layout = Layout((torch_file("f.pt", [whole(described, DTYPES[target])]),))
     carry_out(layout, tmp_path, tmp_path / "out", budget=Budget(2, tile))
     (found,) = torch.load(tmp_path / "out" / "f.pt", weights_only=True)
     assert same_but_for_nans(found, values.to(target))
@@ -184,7 +194,7 @@ def test_every_other_cast_is_right_or_refused_with_nothing_written(
 ) -> None:
     values = without_overflow(torch.tensor(SPECIAL, dtype=torch.float64).to(source), target)
     described = stored(tmp_path, {"t": values})["t"]
-    layout = Layout((torch_file("f.pt", [whole(described, DTYPES[target])]),), (described,))
+    layout = Layout((torch_file("f.pt", [whole(described, DTYPES[target])]),))
     try:
         carry_out(layout, tmp_path, tmp_path / "out")
     except CkptToolError as error:
@@ -199,7 +209,7 @@ def test_every_other_cast_is_right_or_refused_with_nothing_written(
 
 def test_integers_are_not_cast(tmp_path: Path) -> None:
     described = stored(tmp_path, {"t": torch.arange(4)})["t"]
-    layout = Layout((torch_file("f.pt", [whole(described, DType.float32)]),), (described,))
+    layout = Layout((torch_file("f.pt", [whole(described, DType.float32)]),))
     with pytest.raises(UsageError, match="int64"):
         carry_out(layout, tmp_path, tmp_path / "out")
     assert tree(tmp_path / "out") == {}
@@ -211,7 +221,7 @@ def test_casting_leaves_the_callers_torch_threads_alone(tmp_path: Path) -> None:
     torch.set_num_threads(2)
     try:
         described = stored(tmp_path, {"t": torch.ones(9)})["t"]
-        layout = Layout((torch_file("f.pt", [whole(described, DType.float16)]),), (described,))
+        layout = Layout((torch_file("f.pt", [whole(described, DType.float16)]),))
         carry_out(layout, tmp_path, tmp_path / "out")
         assert torch.get_num_threads() == 2
     finally:
@@ -260,7 +270,7 @@ def several_files(directory: Path) -> tuple[Layout, dict[str, torch.Tensor]]:
     values = {f"t{n}": some_of(torch.float32, 3000, n) for n in range(6)}
     described = stored(directory, values)
     files = tuple(torch_file(f"{name}.pt", {name: t}) for name, t in described.items())
-    return Layout(files, tuple(described.values())), values
+    return Layout(files), values
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -311,7 +321,7 @@ def run_faulty(
     writing.write = write  # type: ignore[method-assign]
     with pytest.raises(BaseException) as raised:  # noqa: PT011
         execute(
-            make_plan(layout),
+            make_plan(layout, nothing_stored()),
             reader or LocalReader(tmp_path),
             writing,
             Budget(workers, 1024),
@@ -421,7 +431,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_unreadable(tmp_path: Path) -> N
 
 def test_a_file_that_vanishes_is_unreadable(tmp_path: Path) -> None:
     layout, _ = several_files(tmp_path)
-    plan = make_plan(layout)
+    plan = make_plan(layout, nothing_stored())
     (tmp_path / "source.bin").unlink()
     with pytest.raises(UnreadableError, match=r"source\.bin"):
         execute(
@@ -466,7 +476,7 @@ def test_an_interrupt_leaves_only_whole_files_and_no_thread(workers: int, tmp_pa
 
 def test_a_failing_cast_stops_the_run_cleanly(tmp_path: Path) -> None:
     described = stored(tmp_path, {"t": torch.arange(4)})["t"]
-    layout = Layout((torch_file("f.pt", [whole(described, DType.float32)]),), (described,))
+    layout = Layout((torch_file("f.pt", [whole(described, DType.float32)]),))
     with pytest.raises(CkptToolError):
         carry_out(layout, tmp_path, tmp_path / "out")
     assert tree(tmp_path / "out") == {}
@@ -500,11 +510,11 @@ def test_workers_write_files_of_their_own_and_then_help_each_other(files: int, t
         Tensor(str(number), "weight", (numel,), DType.uint8, (Region(0, numel, "source", 0),))
         for number in range(files)
     ]
-    layout = Layout(tuple(torch_file(f"{t.name}.pt", {"t": t}) for t in tensors), tuple(tensors))
+    layout = Layout(tuple(torch_file(f"{t.name}.pt", {"t": t}) for t in tensors))
     sink = Met(tmp_path / "out")
     with contextlib.closing(LocalReader(tmp_path)) as reader:
         execute(
-            make_plan(layout),
+            make_plan(layout, nothing_stored()),
             reader,
             sink,
             Budget(2, 1 << 20),

@@ -89,14 +89,14 @@ def assert_equal_to_oracle(reader: Reader, checkpoint: Checkpoint, folder: Path)
 def write(checkpoint: Checkpoint, reader: Reader, target: Path, **options: Any) -> Layout:
     """Convert to DCP, files in the order of the layout."""
     layout = Dcp().layout(checkpoint, TargetOptions(**options))
-    write_layout(layout, reader, target)
+    write_layout(layout, checkpoint, reader, target)
     return layout
 
 
-def write_layout(layout: Layout, reader: Reader, target: Path) -> None:
+def write_layout(layout: Layout, checkpoint: Checkpoint, reader: Reader, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     execute(
-        make_plan(layout),
+        make_plan(layout, checkpoint),
         reader,
         LocalWriter(target, fsync=False),
         Budget.share(8 * MIB, 2),

@@ -76,10 +76,12 @@ def plan_for(path: Path, style: str = "hub", dtype: DType | None = None, **more:
 
 def convert(source: Path, target: Path, style: str = "hub", dtype: DType | None = None) -> Layout:
     """Write the model at ``source`` in another form."""
-    layout = plan_for(source, style, dtype)
+    reader, checkpoint = open_checkpoint(source)
+    reader.close()
+    layout = HuggingFace().layout(checkpoint, TargetOptions(hf_layout=style, dtype=dtype))
     target.mkdir()
     execute(
-        make_plan(layout),
+        make_plan(layout, checkpoint),
         LocalReader(source),
         LocalWriter(target, fsync=False),
         _BUDGET,

@@ -85,7 +85,7 @@ def test_a_second_model_beside_is_carried_and_does_not_replace_it(name: str, tmp
 def test_what_another_framework_has_no_place_for_is_named(tmp_path: Path) -> None:
     source = save({"model": parameters(), "ema": parameters(7)}, tmp_path / "c")
     layout = convert(source, tmp_path / "out", style="accelerate")
-    assert {f"ema.{name}" for name in NAMES} <= layout.left_out.keys()
+    assert {f"ema.{name}" for name in NAMES} <= {one.label for one in layout.left_out}
     assert any(note.startswith(ONLY_HERE) for note in layout.notes)
 
 

@@ -263,7 +263,7 @@ def test_chunks_of_any_size(limit: int, tmp_path: Path) -> None:
     }
     data = metadata_bytes(Metadata(entries, {key: (key,) for key in entries}))
     files = (target, TargetFile(".metadata", len(data), (Literal(0, data),)))
-    write_layout(Layout(files, checkpoint.tensors), reader, tmp_path / "out")
+    write_layout(Layout(files), checkpoint, reader, tmp_path / "out")
     reader, written = read(tmp_path / "out")
     assert all(torch.equal(whole(reader, t), state[str(t.name)]) for t in written.tensors)
     loaded = {key: torch.zeros_like(value) for key, value in state.items()}

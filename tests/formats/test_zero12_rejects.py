@@ -565,3 +565,15 @@ def test_stage_0_order_that_is_not_certain_costs_the_states_and_says_so(z0: Path
     checkpoint = api.open(z0)
     assert {tensor.state for tensor in checkpoint.tensors} == {"weight"}
     assert [note for note in checkpoint.notes if "left out" in note and "ZeRO-1" in note]
+
+
+def test_a_frozen_parameter_with_another_value_beside_the_module(tmp_path: Path) -> None:
+    """Stage 2 saves frozen parameters twice; nothing else tells which copy the run had."""
+    tag = copy_fixture("deepseek_v3_z2_w2e1", tmp_path)
+    path = tag / "mp_rank_00_model_states.pt"
+    saved = torch.load(path, weights_only=False)
+    fragments = saved["frozen_param_fragments"]
+    fragments["model.embed_tokens.weight"] = fragments["model.embed_tokens.weight"] + 1
+    torch.save(saved, path)
+    with pytest.raises(MismatchError, match=r"frozen_param_fragments has model\.embed_tokens\.weight"):
+        api.open(tag)

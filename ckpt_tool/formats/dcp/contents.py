@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -243,7 +244,8 @@ def _check_copies(copies: Iterable[_Copy], opened: Mapping[Stored, _Opened]) -> 
 class _Opened(NamedTuple):
     """What is needed of an archive: a tensor's record or an object, and where its first element lies.
 
-    ``crc`` and ``digest`` (of an object) are alike for copies of the same.
+    ``crc`` and ``digest`` (of an object) are alike for copies of the same. ``stored`` and ``read``
+    are those of ``SourceFile``, of a tensor.
     """
 
     value: Any
@@ -253,6 +255,8 @@ class _Opened(NamedTuple):
     crc: int | None = None
     scalar: Scalar | None = None
     digest: str | int | None = None
+    stored: Sequence[int] = ()
+    read: Sequence[int] = ()
 
 
 def _open_all(reader: Reader, metadata: Metadata, copies: Iterable[_Copy]) -> dict[Stored, _Opened]:
@@ -279,6 +283,7 @@ def _open_all(reader: Reader, metadata: Metadata, copies: Iterable[_Copy]) -> di
         if not isinstance(record, TensorRecord):
             digest = _digest(archive) if stored in computed else None
             return _Opened(_object(archive, reader), archive.where, fingerprint, digest=digest)
+        source = archive.source
         scalar = None
         if not record.shape and record.dtype in _NUMBERS:
             scalar = scalar_state(archive, record)
@@ -286,7 +291,9 @@ def _open_all(reader: Reader, metadata: Metadata, copies: Iterable[_Copy]) -> di
         crc = archive.info(f"data/{record.storage.key}").CRC or None
         if stored in computed:
             crc = archive.storage_crc(record)
-        return _Opened(record, archive.where, fingerprint, offset, crc, scalar)
+        return _Opened(
+            record, archive.where, fingerprint, offset, crc, scalar, None, source.stored, source.read
+        )
 
     opened = read_each(open_one, wanted)
     return {stored: one for (_, stored), one in zip(wanted, opened, strict=True)}
@@ -439,5 +446,7 @@ def _sources(reader: Reader, opened: Mapping[Stored, _Opened]) -> list[SourceFil
     for path, archives in by_file.items():
         digest = xxhash.xxh3_64("".join(opened[stored].fingerprint for stored in archives).encode())
         places = tuple((stored.offset, stored.length) for stored in archives)
-        found.append(SourceFile(path, reader.size(path), digest.hexdigest(), places))
+        stored_bytes = array("q", [n for one in archives for n in opened[one].stored])
+        read = array("q", [n for one in archives for n in opened[one].read])
+        found.append(SourceFile(path, reader.size(path), digest.hexdigest(), places, stored_bytes, read))
     return found

@@ -14,7 +14,7 @@ from ckpt_tool.errors import UnreadableError, UsageError
 from ckpt_tool.families import Family, adapters, family_of, text_config
 from ckpt_tool.families.agreement import embedding_name, head_name, ties_embeddings
 from ckpt_tool.families.naming import HUB, from_hub, moe_layer
-from ckpt_tool.formats.hf.quantised import decoded, scheme_of
+from ckpt_tool.formats.hf.quantised import decoded, files_of_values, scheme_of
 from ckpt_tool.storage import Reader
 from ckpt_tool.wrappers import note_of, without_wrappers
 
@@ -53,6 +53,7 @@ def read(reader: Reader, format_name: str) -> Checkpoint:
         aliases=aliases,
         model_config=config,
         notes=notes,
+        decoded=files_of_values(values),
     )
 
 

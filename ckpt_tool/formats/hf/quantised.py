@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ckpt_tool.canonical import DType, Encoding, ExpertName, Region, Tensor
+from ckpt_tool.canonical import Decoded, DType, Encoding, ExpertName, Region, Tensor
 from ckpt_tool.containers.decoded import MXFP4_BLOCK, fp8_path, mxfp4_path
 from ckpt_tool.errors import UnreadableError, UsageError
 from ckpt_tool.families import text_config
@@ -59,6 +59,16 @@ def decoded(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> 
     if scheme == "mxfp4":
         return _mxfp4(tensors)
     return {name: _unreadable(tensor, scheme) for name, tensor in tensors.items()}
+
+
+def files_of_values(tensors: Mapping[str, Tensor]) -> dict[str, Decoded]:
+    """The files that quantised tensors are read from as values, by their paths."""
+    return {
+        region.file: Decoded(tensor.nbytes, tensor.encoding.stored)
+        for tensor in tensors.values()
+        if tensor.encoding is not None and tensor.encoding.stored
+        for region in tensor.regions
+    }
 
 
 def refuse_unreadable(tensors: tuple[Tensor, ...]) -> None:

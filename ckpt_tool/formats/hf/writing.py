@@ -16,7 +16,7 @@ from ckpt_tool.families.naming import Entry, entries, to_hub
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.hf.files import INDEX, SINGLE
 from ckpt_tool.formats.hf.quantised import QUANTISATION_KEYS, refuse_unreadable
-from ckpt_tool.layout import Layout, Literal, Slot, TargetFile, text_file
+from ckpt_tool.layout import Layout, Literal, Slot, TargetFile, left_out, text_file
 
 _NO_STATE = "a model file holds no optimizer state"
 Named = tuple[str, Slot]
@@ -55,10 +55,7 @@ def layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
     notes += _kept_precision(slots, family, options.dtype)
     used = {id(tensor) for tensor in values}
     states = [tensor for tensor in published.tensors if id(tensor) not in used]
-    left_out = {tensor.label(): _NO_STATE for tensor in states}
-    drawn = {id(slot.tensor): slot.tensor for _, slot in slots}
-    source = (*drawn.values(), *states)
-    return Layout(tuple(files), source, left_out, (*published.notes, *notes))
+    return Layout(tuple(files), left_out(states, _NO_STATE), (*published.notes, *notes))
 
 
 # ---- tensors

@@ -201,6 +201,11 @@ class _Catalogue:
                 self._beside,
             ),
             notes=tuple(self._notes),
+            others=tuple(
+                replace(held.tensor, name=key)
+                for key, held in found.other_tensors.items()
+                if held.tensor.numel
+            ),
         )
 
     def _distcp_files(self) -> tuple[str, ...]:

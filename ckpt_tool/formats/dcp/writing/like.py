@@ -25,9 +25,10 @@ from ckpt_tool.formats.dcp.writing.files import (
 )
 from ckpt_tool.formats.dcp.writing.names import Styled, styled
 from ckpt_tool.formats.dcp.writing.options import stated_options
-from ckpt_tool.layout import Layout, LazyFiles, Maker, given
+from ckpt_tool.layout import Layout, LazyFiles, LeftOut, Maker, given
 from ckpt_tool.manifest import RESERVED
 
+_NO_STATE = "the template keeps no such state"
 _LISTED = 40  # the most entries that a note names
 
 
@@ -54,11 +55,11 @@ def like_layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
     filler = _Filler(hint, found, template, checkpoint)
     items = [item.as_saved(hint.saved) for item in filler.items()]
     carried = carry(checkpoint, hint.scheme.style, template.topology.world_size)
-    left_out = {**found.left_out, **filler.left_out()}
-    own = [note for note in carried.notes if left_out or not note.startswith(ONLY_HERE)]
+    left = (*found.left_out, *filler.left_out())
+    own = [note for note in carried.notes if left or not note.startswith(ONLY_HERE)]
     config = carried_config(checkpoint) if checkpoint.dialect == template.dialect else []
     files = LazyFiles([*map(given, [*carried.files, *config]), *_makers(hint, items)])
-    return Layout(files, (), left_out, (*own, *found.notes, *filler.notes()))
+    return Layout(files, left, (*own, *found.notes, *filler.notes()))
 
 
 def _check_files(hint: Hint, root: str) -> None:
@@ -274,7 +275,7 @@ class _Filler:
         held = source.entries.get(key)
         return _NOTHING if held is None or held.scalar is None else held.scalar.value
 
-    def left_out(self) -> dict[str, str]:
+    def left_out(self) -> tuple[LeftOut, ...]:
         unused = [key for key in self._found.tensors if key not in self._used]
         states = [f"{name} [{state}]" for name, state in unused if state == WEIGHT]
         if states:
@@ -282,13 +283,20 @@ class _Filler:
                 f"The source has {states[0]} ({len(states)} such), for which {self._root} has no place. "
                 "The template must be of the same model."
             )
-        left_out = {f"{name} [{state}]": "the template keeps no such state" for name, state in unused}
+        left = [
+            LeftOut(f"{name} [{state}]", self._found.tensors[name, state], _NO_STATE)
+            for name, state in unused
+        ]
         if self._source:
             entries = self._source.sorted
             placed = {*self._hint.entries, *self._hint.objects}
-            beside = [key for key in (*entries.others, *entries.other_tensors) if key not in placed]
-            left_out |= dict.fromkeys(beside, "the template has no such entry")
-        return left_out
+            held = {key: one.tensor for key, one in entries.other_tensors.items()}
+            left += [
+                LeftOut(key, held.get(key), "the template has no such entry")
+                for key in (*entries.others, *entries.other_tensors)
+                if key not in placed
+            ]
+        return tuple(left)
 
     def notes(self) -> list[str]:
         if not self._kept:

@@ -25,6 +25,7 @@ from ckpt_tool.families.naming import Entry, entries, to_hub
 from ckpt_tool.formats.dcp.grammar.experts import TITAN_NAMES, titan_layer
 from ckpt_tool.formats.dcp.grammar.titan import Fused, fuse, key_value_heads, unnumbered
 from ckpt_tool.formats.dcp.reading.reader import Hint
+from ckpt_tool.layout import LeftOut, left_out
 
 TITAN, TRANSFORMERS = "torchtitan", "transformers"
 
@@ -43,7 +44,7 @@ class Styled:
     groups: list[tuple[Mapping[str, Any], list[str]]] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     zeros: dict[str, Inline] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
     notes: list[str] = field(default_factory=list)
 
     def model(self) -> list[tuple[str, Tensor]]:
@@ -74,19 +75,15 @@ def styled(
     if isinstance(hint, Hint) and checkpoint.dialect == dialect:
         return _as_saved(checkpoint, hint, hint.fused if fused is None else fused)
     found = Styled()
-    found.left_out = {
-        tensor.label(): "the run keeps the fp32 values and rounds them itself"
-        for tensor in _shadowed(checkpoint)
-    }
-    dropped = set(found.left_out)
-    kept = replace(checkpoint, tensors=tuple(t for t in checkpoint.tensors if t.label() not in dropped))
+    shadowed = _shadowed(checkpoint)
+    found.left_out = left_out(shadowed, "the run keeps the fp32 values and rounds them itself")
+    dropped = {tensor.label() for tensor in shadowed}
+    kept = checkpoint.select(t for t in checkpoint.tensors if t.label() not in dropped)
     namer = _namer(kept, dialect, config)
     for name, tensor in namer.tensors():
         _add(found, name, tensor)
-    found.left_out |= namer.left_out
+    found.left_out += namer.left_out
     found.notes = [note for note in namer.checkpoint.notes if note not in checkpoint.notes]
-    if sum(t.nbytes for t in found.tensors.values()) != sum(t.nbytes for t in namer.checkpoint.tensors):
-        raise MismatchError("Naming tensors for the run lost elements. This is a bug in ckpt-tool.")
     _add_scalars(found, namer)
     found.groups = [
         (group.options, list(dict.fromkeys(new for name in group.parameters for new in namer.names(name))))
@@ -113,8 +110,6 @@ def _as_saved(checkpoint: Checkpoint, hint: Hint, fused: Mapping[str, Fused]) ->
         found.roles[name] = listed.role
     for (name, state), held in apart.states.items():
         found.tensors[name, state] = replace(held.tensor, name=name, state=state)
-    if sum(t.nbytes for t in found.tensors.values()) != sum(t.nbytes for t in checkpoint.tensors):
-        raise MismatchError("Keeping the names of the source lost elements. This is a bug in ckpt-tool.")
     found.scalars = dict(apart.scalars)
     found.groups = [(options, list(names)) for options, names in apart.groups]
     found.groups = fuse(found.tensors, found.scalars, found.groups, fused)
@@ -156,7 +151,7 @@ class _Namer:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.left_out: Mapping[str, str] = {}
+        self.left_out: tuple[LeftOut, ...] = ()
 
     def dense(self, name: str) -> str:
         return name
@@ -188,12 +183,11 @@ class _Titan(_Namer):
     def __init__(self, checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]) -> None:
         super().__init__(checkpoint)
         self._family, self._config = family, config
-        self.left_out = {
-            tensor.label(): "torchtitan's layers for multi-token prediction use the model's own"
-            for tensor in checkpoint.tensors
-            if self._shared(tensor.name)
-        }
-        self.checkpoint = checkpoint.select(t for t in checkpoint.tensors if t.label() not in self.left_out)
+        self.left_out = left_out(
+            (tensor for tensor in checkpoint.tensors if self._shared(tensor.name)),
+            "torchtitan's layers for multi-token prediction use the model's own",
+        )
+        self.checkpoint = checkpoint.select(t for t in checkpoint.tensors if not self._shared(t.name))
         count = stated(text_config(config), family.config["layers"])
         self._layers = count[1] if family.torchtitan_mtp and count and type(count[1]) is int else None
 

@@ -18,6 +18,7 @@ from ckpt_tool.containers.dcp_metadata import Path
 from ckpt_tool.containers.torch_zip import torch_file
 from ckpt_tool.errors import UsageError
 from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.dcp.contents import Held
 from ckpt_tool.formats.dcp.grammar.experts import is_stacked
 from ckpt_tool.formats.dcp.grammar.grid import GridChunk, dense_grid, expert_grid
 from ckpt_tool.formats.dcp.grammar.keys import Scheme
@@ -41,7 +42,7 @@ from ckpt_tool.formats.dcp.writing.like import like_layout
 from ckpt_tool.formats.dcp.writing.names import TITAN, Styled, dialect_of, styled
 from ckpt_tool.formats.dcp.writing.options import dropped_options, merged_groups, own_options
 from ckpt_tool.formats.hf.writing import config_in, most_used
-from ckpt_tool.layout import Layout, LazyFiles, Maker, TargetFile, given, text_file
+from ckpt_tool.layout import Layout, LazyFiles, LeftOut, Maker, TargetFile, given, left_out, text_file
 
 SCHEMES: Mapping[str, Scheme] = {
     "torchtitan": Scheme("torchtitan", (), ("optimizer",), flat=True),
@@ -123,7 +124,7 @@ def _has_optimizer(checkpoint: Checkpoint) -> bool:
 def _drop_optimizer(found: Styled, checkpoint: Checkpoint) -> None:
     found.tensors = {key: tensor for key, tensor in found.tensors.items() if key[1] == WEIGHT}
     states = (tensor for tensor in checkpoint.tensors if tensor.state not in (WEIGHT, MASTER))
-    found.left_out |= {tensor.label(): "--weights-only" for tensor in states}
+    found.left_out += left_out(states, "--weights-only")
     found.scalars.clear()
     found.groups.clear()
 
@@ -201,8 +202,7 @@ class _Builder:
             self._add_directory(scheme.optimizer_directory, others)
         # A directory without metadata is an unfinished one to every loader: it is written last.
         files = LazyFiles([*self._files, *self._metadata])
-        # Every tensor of the source is in an item or left out (names.styled), every item in its chunks.
-        return Layout(files, (), self._found.left_out, tuple(self._notes))
+        return Layout(files, self._found.left_out, tuple(self._notes))
 
     def _add_directory(self, directory: str, items: Sequence[Item]) -> None:
         files, metadata = dcp_directory(
@@ -371,8 +371,12 @@ class _Builder:
         if self._own and not self._found.left_out:
             self._notes = [note for note in self._notes if not note.startswith(ONLY_HERE)]
 
-    def _leave_out(self, entries: Iterable[str], why: str) -> None:
-        self._found.left_out |= dict.fromkeys(entries, why)
+    def _leave_out(self, entries: Mapping[str, Any], why: str) -> None:
+        """Entries by their keys: tensors as they are held, or objects."""
+        self._found.left_out += tuple(
+            LeftOut(key, held.tensor if isinstance(held, Held) else None, why)
+            for key, held in entries.items()
+        )
 
     def _whole(self, key: str, path: Path, value: Any, directory: str) -> Item:
         return Item(*self._kept((key, path)), value, (Placement(rank_file(directory, 0), (), ()),))

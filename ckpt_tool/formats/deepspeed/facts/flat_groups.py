@@ -42,11 +42,24 @@ class FlatGroup:
             self.starts[name] = position
             position += numel + (gaps[index] if gaps else 0)
         self.total = position
+        ends = {name: self.starts[name] + numel for name, numel in sizes}
+        following = [*list(self.starts.values())[1:], position]
+        self._gaps = [
+            (end, start) for end, start in zip(ends.values(), following, strict=True) if end < start
+        ]
         self.part = -(-self.total // (_ALIGNMENT * count)) * _ALIGNMENT
 
     def held(self, rank: int) -> int:
         """Elements of a rank's part before its padding."""
         return min(max(self.total - rank * self.part, 0), self.part)
+
+    def gaps(self, rank: int) -> Iterator[tuple[int, int]]:
+        """Elements after parameters in a rank's part that are of none: (position in the part, count)."""
+        low = rank * self.part
+        for start, end in self._gaps:
+            first, last = max(start, low), min(end, low + self.part)
+            if first < last:
+                yield first - low, last - first
 
     def fragments(self, rank: int) -> Fragments:
         """The parameters that have elements in a rank's part, and where."""

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ckpt_tool.canonical import Region, even_holders
+from ckpt_tool.canonical import Apart, Region, even_holders
 from ckpt_tool.errors import UnreadableError
 
 
@@ -40,10 +40,19 @@ class PartitionRegions:
         self, numel: int, files: Sequence[str], bases: array[int], within: int, itemsize: int
     ) -> None:
         self._numel, self._files, self._bases = numel, files, bases
-        self._skip = within * itemsize
+        self._skip, self._itemsize = within * itemsize, itemsize
 
     def __iter__(self) -> Iterator[Region]:
         return self.overlapping(0, self._numel)
+
+    def padding(self) -> Iterator[Apart]:
+        """What the last ranks hold behind their part of the parameter, or instead of one."""
+        size = partition_size(self._numel, len(self._files))
+        for rank in range(self._numel // max(1, size), len(self._files)):
+            held = max(0, min(size, self._numel - rank * size))
+            if held < size:
+                offset = self._bases[rank] + self._skip + held * self._itemsize
+                yield Apart(self._files[rank], offset, (size - held) * self._itemsize, "padding")
 
     def overlapping(self, start: int, numel: int) -> Iterator[Region]:
         """The partitions that hold elements ``start .. start + numel``."""
@@ -57,6 +66,17 @@ class PartitionRegions:
                 self._files[rank],
                 self._bases[rank] + self._skip,
             )
+
+
+class Paddings:
+    """The padding of many parameters, gone through when it is asked for."""
+
+    def __init__(self, partitioned: Sequence[PartitionRegions]) -> None:
+        self._partitioned = partitioned
+
+    def __iter__(self) -> Iterator[Apart]:
+        for regions in self._partitioned:
+            yield from regions.padding()
 
 
 def expert_holders(entry: Mapping[str, Any], where: str) -> tuple[tuple[int, ...], ...]:

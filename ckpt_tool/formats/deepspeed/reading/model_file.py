@@ -80,6 +80,7 @@ class ModelFile:
         if others:
             self.notes.append(f"{others[:3]} ({len(others)} in 'module') are no tensors and are left out.")
         self._client = self._client_state(root)
+        self._check_fragments(root.get("frozen_param_fragments") or {})
 
     @property
     def archive(self) -> TorchArchive:
@@ -108,18 +109,35 @@ class ModelFile:
         return stage if stage in (1, 2) else 1
 
     def same_values(self, one: str, other: str) -> bool:
-        """Whether two names in 'module' stand for equal values, told without reading them.
+        """Whether two names in 'module' stand for equal values, told without reading them. If they do,
+        what is stored of ``one`` is accounted for.
 
         torch saves tied weights as views of one storage; where the engine cloned them first (every
         model with experts) each copy has a storage, whose CRC-32 the archive states.
         """
-        a, b = self._records[one], self._records[other]
+        return self._equal(self._records[one], self._records[other])
+
+    def _equal(self, a: TensorRecord, b: TensorRecord) -> bool:
+        """``same_values`` of two records."""
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             return False
         if a.storage.key == b.storage.key:
             return (a.offset, a.stride) == (b.offset, b.stride)
         whole = all(record.storage.numel == record.numel for record in (a, b))
-        return whole and self._archive.storage_crc(a) == self._archive.storage_crc(b)
+        equal = whole and self._archive.storage_crc(a) == self._archive.storage_crc(b)
+        if equal:
+            self._archive.account_for_tensors(a)
+        return equal
+
+    def _check_fragments(self, fragments: Mapping[str, Any]) -> None:
+        """Stage 2 saves frozen parameters in 'module' and beside it (runtime/engine.py)."""
+        for name, record in fragments.items():
+            known = self._records.get(name)
+            if known is None or not isinstance(record, TensorRecord) or not self._equal(record, known):
+                raise MismatchError(
+                    f"{self.where}: frozen_param_fragments has {name} otherwise than 'module', and both "
+                    f"hold the whole parameter. There is no single value to convert. {COPY_AGAIN}"
+                )
 
     def tied(self) -> dict[str, str]:
         """Further names of a tensor, told by their being the same view of the same storage."""
@@ -160,7 +178,7 @@ class ModelFile:
             if key in ENGINE_KEYS and not (key in ("data_sampler", "random_ltd") and value):
                 continue
             try:
-                client[key] = self._archive.describe(value)
+                client[key] = self._archive.carried(value)
             except (UnreadableError, RecursionError) as error:
                 self.notes.append(f"client state {key!r} is left out: {error}")
         return client

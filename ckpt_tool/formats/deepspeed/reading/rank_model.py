@@ -94,7 +94,7 @@ def _client_state(
         if key in ENGINE_KEYS and not (key in ("data_sampler", "random_ltd") and value):
             continue
         try:
-            client[key] = repeated.described(archive, value)
+            client[key] = repeated.carried(archive, value)
             digests[key] = repeated.digest(archive, value)
         except UnreadableError as error:
             notes.append(f"client state {key!r} is left out: {error}")
@@ -112,7 +112,7 @@ def _engine(archive: TorchArchive, rank: int, repeated: Repeated) -> dict[str, A
         if key in LAYER_KEYS:
             engine[key] = _slim(value, repeated)
         else:
-            engine[key] = repeated.described(archive, value)
+            engine[key] = repeated.carried(archive, value)
     return engine
 
 

@@ -31,11 +31,11 @@ def read_optimizer(archive: TorchArchive, files: RankFiles, repeated: Repeated) 
     groups = base.get("param_groups") or []
     if files.rank == 0:
         files.loss_scale = {
-            key: archive.describe(zero[key])
+            key: archive.carried(zero[key])
             for key in ("loss_scaler", "dynamic_loss_scale", "overflow")
             if key in zero
         }
-        files.param_groups = [archive.describe(group) for group in groups]
+        files.param_groups = [archive.carried(group) for group in groups]
     compared = repeated.once("compared options", (groups,), lambda: _compared_options(groups))
     files.optimizer_digest = repeated.one(digest := repeated.digest(archive, compared), digest)
     flats, state = zero["fp32_flat_groups"], base["state"]

@@ -48,8 +48,8 @@ def read_ranks(reader: Reader, names: list[tuple[str, str]]) -> list[RankFiles]:
 def _read_rank(
     reader: Reader, rank: int, model_name: str, optim_name: str, repeated: Repeated
 ) -> RankFiles:
-    model = TorchArchive(reader, model_name, alike=repeated.models)
-    optim = TorchArchive(reader, optim_name, alike=repeated.optimizers)
+    model = TorchArchive(reader, model_name, alike=repeated.models, compared=rank > 0)
+    optim = TorchArchive(reader, optim_name, alike=repeated.optimizers, compared=rank > 0)
     with _naming(model):
         files = read_model(model, rank, optim_name, repeated)
     with _naming(optim):

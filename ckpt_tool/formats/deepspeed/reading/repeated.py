@@ -47,6 +47,10 @@ class Repeated:
         """``TorchArchive.describe``; a value without tensors as it is."""
         return archive.describe(value) if self._has_tensors(value) else value
 
+    def carried(self, archive: TorchArchive, value: Any) -> Any:
+        """``TorchArchive.carried``; a value without tensors as it is."""
+        return archive.carried(value) if self._has_tensors(value) else value
+
     def digest(self, archive: TorchArchive, value: Any) -> str:
         """``TorchArchive.digest``."""
         if type(value) in LEAVES or self._has_tensors(value):

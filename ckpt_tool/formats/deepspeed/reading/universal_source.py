@@ -187,7 +187,7 @@ def _training(model: TorchArchive | None, about: _About) -> TrainingState:
         scheduler=root.get("lr_scheduler"),
         loss_scale=about.loss_scale,
         client_state={
-            key: model.describe(value) for key, value in root.items() if model and key not in ENGINE_KEYS
+            key: model.carried(value) for key, value in root.items() if model and key not in ENGINE_KEYS
         },
         config=about.config,
         engine_version=root.get("ds_version"),

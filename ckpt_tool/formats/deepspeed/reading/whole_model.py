@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from ckpt_tool.canonical import (
     MASTER,
+    Apart,
     Checkpoint,
     ParamGroup,
     Role,
@@ -41,6 +42,7 @@ class OptimizerStates:
     sources: tuple[SourceFile, ...] = ()
     notes: tuple[str, ...] = ()
     weights_are_masters: bool = False
+    apart: tuple[Apart, ...] = ()
 
 
 def build(
@@ -64,6 +66,7 @@ def build(
         aliases=names.aliases,
         module_names=tuple(model.weights),
         notes=(*model.notes, *optimizer.notes),
+        apart=optimizer.apart,
     )
 
 

@@ -75,6 +75,7 @@ class Zero0:
             (_FLAT, any(file.flat for file in files)),
         ):
             if applies:
+                _account_for(files)
                 return build_weights(reader, model, experts, why, sources)
         return _Catalogue(reader, model, experts, files).checkpoint(sources)
 
@@ -191,6 +192,8 @@ def _optimizer_files(reader: Reader, model: ModelFile, experts: Experts) -> list
             f"{archives[0].where}: its optimizer state is not the one {model.where} has of the same rank. "
             f"The directory mixes files of different saves. {COPY_AGAIN}"
         )
+    if own is not None:
+        model.archive.account_for_tensors(model.optimizer)
     return files
 
 
@@ -206,6 +209,7 @@ class _Catalogue:
         first = self._files[0]
         names = self._order()
         if names is None:
+            _account_for(self._files)
             return build_weights(self._reader, self._model, self._experts, _DOUBT, sources)
         self._check_alike(names)
         slots = {
@@ -315,6 +319,8 @@ class _Catalogue:
                 f"{file.archive.where} and {first.archive.path} hold different optimizer states of {name}, "
                 f"which all ranks hold alike. The directory mixes files of different saves. {COPY_AGAIN}"
             )
+        elif ep_rank > 0:
+            file.archive.account_for_tensors(dict(slot.tensors))
 
     def _tensors(self, name: str, group: int, position: int) -> list[Tensor]:
         first = self._files[0]
@@ -328,6 +334,13 @@ class _Catalogue:
                     break
             found.append(self._experts.stack(name, shares) if name in self._experts.names else shares[0])
         return found
+
+
+def _account_for(files: Sequence[_OptimizerFile]) -> None:
+    """Of optimizer state that is left out, as a note says."""
+    for file in files:
+        for slot in file.slots():
+            file.archive.account_for_tensors(dict(slot.tensors))
 
 
 def _described(slot: _Slot) -> str:

@@ -14,7 +14,7 @@ import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 
-from ckpt_tool.canonical import Checkpoint, ParamGroup, Scalar, Tensor, TensorName
+from ckpt_tool.canonical import Apart, Checkpoint, ParamGroup, Scalar, Tensor, TensorName
 from ckpt_tool.errors import CoverageError, MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.flat_groups import FlatGroup, FlatRegions, Fragments
 from ckpt_tool.formats.deepspeed.reading.expert_files import Experts
@@ -117,6 +117,7 @@ class _Catalogue:
         self._groups = shapes
         self._scalars: dict[tuple[TensorName, str], Scalar] = {}
         self._notes: list[str] = []
+        self._parts: list[_Part] = []
         zero = model.config.get("zero_optimization")
         self._dealt = isinstance(zero, dict) and bool(zero.get("round_robin_gradients"))
         for file in ranks:
@@ -148,6 +149,7 @@ class _Catalogue:
             self._ranks[0].loss_scale,
             tuple(file.source for file in self._ranks),
             tuple(self._notes),
+            apart=tuple(stretch for part in self._parts for stretch in part.apart()),
         )
         names = sort_names(self._model, trained, self._experts.routers)
         return build(self._reader, self._model, self._experts, names, optimizer)
@@ -310,6 +312,9 @@ class _Catalogue:
     def root(self) -> str:
         return self._reader.root
 
+    def add_part(self, part: _Part) -> None:
+        self._parts.append(part)
+
     def file(self, rank: int) -> OptimFile:
         return self._ranks[rank]
 
@@ -325,6 +330,7 @@ class _Part:
         self._files = [catalogue.file(rank) for rank in members]
         first = self._files[0]
         self._index, self.where = index, first.where
+        catalogue.add_part(self)
         self.flat = _flat_group(first, index, shapes, len(members))
         for place, file in enumerate(self._files):
             self._check_alike(first, file)
@@ -336,6 +342,17 @@ class _Part:
             state: array("q", [file.states[index][state].offset for file in self._files])
             for state in self.states
         }
+
+    def apart(self) -> Iterator[Apart]:
+        """Padding at the end of the group, and gaps after its parameters."""
+        for place, file in enumerate(self._files):
+            held = self.flat.held(place)
+            for state, bases in self._bases.items():
+                found = file.states[self._index][state]
+                itemsize = found.dtype.itemsize
+                stretches = [(held, found.numel - held)] if found.numel > held else []
+                for start, numel in (*stretches, *self.flat.gaps(place)):
+                    yield Apart(file.path, bases[place] + start * itemsize, numel * itemsize, "padding")
 
     def tensor(self, name: str, key: TensorName, state: str, shape: Shape) -> Tensor:
         """One state of a parameter in this part."""

@@ -30,7 +30,12 @@ from ckpt_tool.canonical import (
     TrainingState,
 )
 from ckpt_tool.errors import MismatchError, UnreadableError
-from ckpt_tool.formats.deepspeed.facts.partition import PartitionRegions, consecutive, partition_size
+from ckpt_tool.formats.deepspeed.facts.partition import (
+    Paddings,
+    PartitionRegions,
+    consecutive,
+    partition_size,
+)
 from ckpt_tool.formats.deepspeed.facts.topology import Ranks
 from ckpt_tool.formats.deepspeed.reading.autoep import AutoEP
 from ckpt_tool.formats.deepspeed.reading.placement import Group, Placement
@@ -129,6 +134,7 @@ class _Catalogue:
         self._places = self._placement.places
         self._everyone = self._placement.group(tuple(range(self._world)))
         self._scalars: dict[tuple[TensorName, str], Scalar] = {}
+        self._partitioned: list[PartitionRegions] = []
         self._model_files = tuple(files.model_file for files in ranks)
         # the first of all ranks that say the same of their frozen parameters, for each thing said
         self._frozen_kinds = list({id(files.frozen): files for files in reversed(ranks)}.values())[::-1]
@@ -165,6 +171,7 @@ class _Catalogue:
             module_names=self._first.module_names,
             layout_hint=self._first.saved,
             notes=tuple(note for files in self._ranks[:1] for note in files.notes),
+            apart=Paddings(self._partitioned),
         )
 
     def _dense_names(self) -> set[str]:
@@ -251,6 +258,7 @@ class _Catalogue:
                 place.within,
                 flat.dtype.itemsize,
             )
+            self._partitioned.append(regions)
             yield Tensor(key, state, shape, flat.dtype, regions, role)
         for state, scalar in first.scalars[index].items():
             self._add_scalar(key, state, scalar, first)
@@ -300,6 +308,7 @@ class _Catalogue:
             0,
             dtype.itemsize,
         )
+        self._partitioned.append(regions)
         yield Tensor(name, WEIGHT, shape, dtype, regions, Role.FROZEN)
 
     # ---- experts

@@ -27,6 +27,7 @@ from ckpt_tool.formats.deepspeed.facts.partition import partition_size
 from ckpt_tool.formats.deepspeed.facts.topology import Ranks
 from ckpt_tool.formats.deepspeed.reading.rank_files import SavedObjects
 from ckpt_tool.formats.deepspeed.writing.layer_entries import LayerEntries
+from ckpt_tool.layout import LeftOut, left_out
 
 _PER_RANK = (
     "Client state {names} differs between ranks and means nothing on others; it is left out on all ranks. "
@@ -262,16 +263,25 @@ class EnginePlan:
 
     # ---- what has no place
 
-    def left_out(self) -> dict[str, str]:
-        """Labels of tensors that a ZeRO-3 checkpoint does not hold, with the reason."""
-        masters = {tensor.name for tensor in self.checkpoint.tensors if tensor.state == MASTER}
-        result = {}
-        for tensor in self.checkpoint.tensors:
-            if tensor.state == WEIGHT and tensor.name in masters:
-                result[tensor.label()] = "recomputed from its master when the engine loads"
-            elif self.options.weights_only and tensor.state not in (WEIGHT, MASTER):
-                result[tensor.label()] = "optimizer state; --weights-only"
-        return result
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Tensors that a checkpoint of the engine does not hold, with the reason."""
+        return shadowed_weights(self.checkpoint) + (
+            optimizer_state(self.checkpoint) if self.options.weights_only else ()
+        )
+
+
+def shadowed_weights(checkpoint: Checkpoint) -> tuple[LeftOut, ...]:
+    """The 16-bit weights of parameters that have a master."""
+    masters = {tensor.name for tensor in checkpoint.tensors if tensor.state == MASTER}
+    return left_out(
+        (t for t in checkpoint.tensors if t.state == WEIGHT and t.name in masters),
+        "recomputed from its master when the engine loads",
+    )
+
+
+def optimizer_state(checkpoint: Checkpoint) -> tuple[LeftOut, ...]:
+    states = (t for t in checkpoint.tensors if t.state not in (WEIGHT, MASTER))
+    return left_out(states, "optimizer state; --weights-only")
 
 
 def _configured_ep(config: Mapping[str, Any]) -> int:

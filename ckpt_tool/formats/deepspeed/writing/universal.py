@@ -44,6 +44,7 @@ from ckpt_tool.formats.deepspeed.reading.universal_source import (
     SOURCE,
     read_universal,
 )
+from ckpt_tool.formats.deepspeed.writing.engine_plan import optimizer_state, shadowed_weights
 from ckpt_tool.layout import Layout, TargetFile, text_file, whole
 from ckpt_tool.storage import Reader
 
@@ -93,15 +94,11 @@ class Universal:
             )
         tag = f"global_step{checkpoint.training.step or 0}_universal"
         layers = {layer.layer_path: layer for layer in checkpoint.moe_layers}
-        masters = {tensor.name for tensor in checkpoint.tensors if tensor.state == MASTER}
-        left_out = {}
+        left = shadowed_weights(checkpoint) + (optimizer_state(checkpoint) if options.weights_only else ())
+        no_place = {one.label for one in left}
         files: list[TargetFile] = []
         for tensor in checkpoint.tensors:
-            if options.weights_only and tensor.state not in (WEIGHT, MASTER):
-                left_out[tensor.label()] = "optimizer state; --weights-only"
-                continue
-            if tensor.state == WEIGHT and tensor.name in masters:
-                left_out[tensor.label()] = "recomputed from its master when the engine loads"
+            if tensor.label() in no_place:
                 continue
             directory = f"{tag}/zero/{_parameter(tensor.name, layers)}"
             file = _FILE_OF.get(tensor.state, tensor.state)
@@ -114,7 +111,7 @@ class Universal:
         model = _model_state(checkpoint)
         files += [torch_file(f"{tag}/{name}", model) for name in MODEL_FILES]
         files.append(text_file(_LATEST, tag))
-        return Layout(tuple(files), checkpoint.tensors, left_out, _notes(checkpoint, options))
+        return Layout(tuple(files), left, _notes(checkpoint, options))
 
     def _optimizer(self, checkpoint: Checkpoint, options: TargetOptions) -> dict[str, Any]:
         groups = checkpoint.training.param_groups

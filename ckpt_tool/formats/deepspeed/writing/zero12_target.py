@@ -52,7 +52,6 @@ class Zero12Target:
         tag = f"global_step{checkpoint.training.step or 0}"
         return Layout(
             _files(plan, self._stage, tag),
-            checkpoint.tensors,
             plan.left_out(),
             notes(checkpoint, weights_only=options.weights_only),
         )

@@ -45,7 +45,6 @@ class Zero3Target:
             tag = f"global_step{checkpoint.training.step or 0}"
         return Layout(
             _files(plan, tag),
-            checkpoint.tensors,
             plan.left_out(),
             notes(checkpoint, weights_only=options.weights_only),
         )
