@@ -47,12 +47,12 @@ def conversions(fixture: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield f"hf_{layout}_{dtype}", {**parameters, **given}
 
 
-def outcome(fixture: Path, parameters: Mapping[str, Any]) -> str:
+def outcome(fixture: Path, parameters: Mapping[str, Any], workers: int = 1, budget: int = 1 << 30) -> str:
     """A hash over the names and bytes of all files but the manifest, or that it was refused."""
     with tempfile.TemporaryDirectory() as place:
         target = Path(place) / "result"
         try:
-            how = api.Execution(fsync=False, workers=1)
+            how = api.Execution(max_memory=budget, fsync=False, workers=workers)
             api.convert(next(iter(_source(fixture))), target, how=how, **parameters)
         except CkptToolError as error:
             return f"refused: {type(error).__name__}"
@@ -74,6 +74,16 @@ def outcomes(fixture: Path) -> dict[str, str]:
 @pytest.mark.parametrize("fixture", FIXTURES, ids=[path.name for path in FIXTURES])
 def test_the_same_bytes_as_ever(fixture: Path) -> None:
     assert outcomes(fixture) == json.loads(GOLDEN.read_text())[fixture.name]
+
+
+@pytest.mark.parametrize(
+    "name", ["own_world2", "dcp_world6_ep2", "universal", "zero1_same", "hf_fused_bf16"]
+)
+def test_workers_and_budget_change_no_byte(name: str) -> None:
+    fixture = next(path for path in FIXTURES if path.name == "mixtral_w4e2")
+    parameters = dict(conversions(fixture))[name]
+    expected = json.loads(GOLDEN.read_text())[fixture.name][name]
+    assert {outcome(fixture, parameters, workers, 1 << 20) for workers in (2, 7)} == {expected}
 
 
 if __name__ == "__main__":

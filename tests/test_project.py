@@ -46,6 +46,20 @@ def test_links_within_the_project_lead_somewhere(page: Path) -> None:
             }
 
 
+def test_every_guarantee_names_a_test_that_exists() -> None:
+    """Paragraphs that begin with a word in bold are promises."""
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    files = {path.name for path in (ROOT / "tests").rglob("*.py")}
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for paragraph in text.split("\n\n"):
+        named = re.findall(r"test_\w+(?:\.py)?|tests\.faults\.\w+", paragraph)
+        if paragraph.startswith("**"):
+            assert named, paragraph[:60]
+        for name in named:
+            known = name in files or f"{name}.py" in files or f"def {name}(" in sources
+            assert known or f"{name.rpartition('.')[2]}.py" in files, name
+
+
 def test_each_changelog_fragment_has_a_known_kind() -> None:
     for path in (ROOT / "docs" / "changes").iterdir():
         if path.name != "README.md":
