@@ -130,10 +130,29 @@ class _AssembledRegions:
 
     def __init__(self, shape: tuple[int, ...], parts: Sequence[Placed]) -> None:
         self._shape, self._parts = shape, parts
+        self._by_row: dict[int, list[Placed]] | None = None  # where each part is in one row: of each
 
     def __iter__(self) -> Iterator[Piece]:
+        return self._of(self._parts)
+
+    def overlapping(self, start: int, numel: int) -> Iterator[Piece]:
+        """Those of the rows that elements ``start .. start + numel`` are in, where each part is in one
+        row, as an expert is in a stack of them; else all."""
+        if self._by_row is None:
+            rows = [dict(part.fixed).get(0, -1) for part in self._parts]
+            self._by_row = {}
+            if -1 not in rows:
+                for row, part in zip(rows, self._parts, strict=True):
+                    self._by_row.setdefault(row, []).append(part)
+        inner = math.prod(self._shape[1:])
+        if not self._by_row or not inner:
+            return self._of(self._parts)
+        rows_there = range(start // inner, -(-(start + numel) // inner))
+        return self._of([part for row in rows_there for part in self._by_row.get(row, ())])
+
+    def _of(self, parts: Sequence[Placed]) -> Iterator[Piece]:
         rank = len(self._shape)
-        for part in self._parts:
+        for part in parts:
             for box in _boxes(part.tensor):
                 origin, counts, steps, strides = [0] * rank, [1] * rank, [1] * rank, [0] * rank
                 for dim, index in part.fixed:

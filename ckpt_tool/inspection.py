@@ -106,14 +106,21 @@ def expert_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             stacks.setdefault(tensor.name.layer_path, tensor)
     rows = []
     known = checkpoint.topology.ep_size is not None
+    ranks_of: dict[int, list[int]] = {}
+    for rank, ep_rank in enumerate(checkpoint.topology.ep_ranks):
+        ranks_of.setdefault(ep_rank, []).append(rank)
     for layer in checkpoint.moe_layers:
         stack = stacks.get(layer.layer_path)
         if stack is None:
             continue
         size = stack.numel // stack.shape[0]
+        holders_of: dict[int, list[int]] = {}
+        for ep_rank, ids in enumerate(layer.holders):
+            for expert in dict.fromkeys(ids):
+                holders_of.setdefault(expert, []).append(ep_rank)
         for expert in range(layer.num_experts):
-            holders = [rank for rank, ids in enumerate(layer.holders) if expert in ids]
-            ranks = [r for r, ep in enumerate(checkpoint.topology.ep_ranks) if ep in holders]
+            holders = holders_of.get(expert, [])
+            ranks = sorted(rank for ep_rank in holders for rank in ranks_of.get(ep_rank, ()))
             found = pieces(stack, expert * size, size)
             rows.append(
                 {
