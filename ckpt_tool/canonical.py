@@ -44,13 +44,11 @@ class DType(Enum):
     uint8 = ("uint8", 1)
     bool_ = ("bool", 1)
 
-    @property
-    def torch_name(self) -> str:
-        return self.value[0]
+    torch_name: str
+    itemsize: int
 
-    @property
-    def itemsize(self) -> int:
-        return self.value[1]
+    def __init__(self, torch_name: str, itemsize: int) -> None:
+        self.torch_name, self.itemsize = torch_name, itemsize
 
     @property
     def is_float(self) -> bool:

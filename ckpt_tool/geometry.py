@@ -13,7 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import Box, Region, Tensor
 from ckpt_tool.errors import CoverageError
@@ -190,9 +190,12 @@ def pieces(tensor: Tensor, start: int, numel: int) -> list[Piece]:
         CoverageError: an element in that range lies nowhere, or in two places.
     """
     regions = _overlapping(tensor.regions, start, numel)
-    if all(isinstance(region, Region) for region in regions):
-        return list(_runs(tensor, sorted(r for r in regions if isinstance(r, Region)), start, numel))
-    return _merged(tensor, clip(tensor, regions, start, numel))
+    for region in regions:
+        if type(region) is not Region:
+            return _merged(tensor, clip(tensor, regions, start, numel))
+    if len(regions) > 1:
+        regions.sort()
+    return _runs(tensor, regions, start, numel)
 
 
 def _merged(tensor: Tensor, found: Iterable[Piece]) -> list[Piece]:
@@ -320,29 +323,36 @@ def clip(tensor: Tensor, regions: Iterable[Piece], start: int, numel: int) -> li
     return found
 
 
-def _runs(tensor: Tensor, regions: list[Region], start: int, numel: int) -> Iterator[Region]:
-    end = start + numel
-    position = start
-    itemsize = tensor.dtype.itemsize
+def _runs(tensor: Tensor, regions: list[Any], start: int, numel: int) -> list[Piece]:
+    """The parts of sorted runs inside a flat range, which must be there once each."""
+    found: list[Piece] = []
+    position, end = start, start + numel
+    held, itemsize = tensor.numel, tensor.dtype.itemsize
     for region in regions:
-        if region.start < 0 or region.start + region.numel > tensor.numel:
+        first, count, file, offset = region
+        last = first + count
+        if first < 0 or last > held:
             raise CoverageError(
-                f"{tensor.label()} has {tensor.numel} elements; {region.file} claims to hold those from "
-                f"{region.start} to {region.start + region.numel}."
+                f"{tensor.label()} has {held} elements; {file} claims to hold those from {first} to {last}."
             )
-        low, high = max(region.start, start), min(region.start + region.numel, end)
-        if low >= high:
+        if last > end:
+            last = end
+        if first < start:
+            offset += (start - first) * itemsize
+            first = start
+        if first >= last:
             continue
-        if low != position:
+        if first != position:
             raise CoverageError(_gap_or_overlap(tensor, position, region))
-        yield Region(low, high - low, region.file, region.offset + (low - region.start) * itemsize)
-        position = high
+        found.append(Region(first, last - first, file, offset))
+        position = last
     if position != end:
         raise CoverageError(
             f"{tensor.element(position)}: no file of the checkpoint holds this element "
             f"({end - position} of {numel} are missing from here on). A rank's file is incomplete or "
             "the metadata describes another model."
         )
+    return found
 
 
 def _gap_or_overlap(tensor: Tensor, position: int, region: Region) -> str:

@@ -56,16 +56,11 @@ class PartitionRegions:
 
     def overlapping(self, start: int, numel: int) -> Iterator[Region]:
         """The partitions that hold elements ``start .. start + numel``."""
-        size = partition_size(self._numel, len(self._files))
-        end = min(start + numel, self._numel)
-        for rank in range(start // max(1, size), -(-end // max(1, size))):
+        whole, files, bases, skip = self._numel, self._files, self._bases, self._skip
+        size = max(1, partition_size(whole, len(files)))
+        for rank in range(start // size, -(-min(start + numel, whole) // size)):
             first = rank * size
-            yield Region(
-                first,
-                min(size, self._numel - first),
-                self._files[rank],
-                self._bases[rank] + self._skip,
-            )
+            yield Region(first, min(size, whole - first), files[rank], bases[rank] + skip)
 
 
 class Paddings:
