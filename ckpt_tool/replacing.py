@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import posixpath
 from collections.abc import Callable, Collection, Iterator
@@ -133,10 +134,13 @@ def parents(path: str) -> Iterator[str]:
 
 
 def _remove_empty(directory: Path) -> bool:
+    """False where something is in it; what else fails is raised, while the manifest still is there."""
     try:
         directory.rmdir()
     except FileNotFoundError:
         return True
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
         return False
     return True
