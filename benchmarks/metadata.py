@@ -23,12 +23,16 @@ def world(checkpoint: Path) -> int:
     return sum(1 for path in checkpoint.rglob("*_model_states.pt"))
 
 
+def inspect(checkpoint: Path, *extra: str) -> list[str]:
+    return [sys.executable, "-m", "ckpt_tool", "inspect", str(checkpoint), "--json", *extra]
+
+
 def commands(checkpoint: Path, target: Path) -> dict[str, list[str]]:
     """The commands of a checkpoint of many ranks, by what the table calls them."""
     ranks = world(checkpoint)
     plan = ["--dry-run", "--json"]
     return {
-        "inspect": tool("inspect", str(checkpoint), "--json"),
+        "inspect": inspect(checkpoint),
         "to universal": tool("convert", str(checkpoint), str(target), "--to", "universal", *plan),
         "consolidate": tool("consolidate", str(checkpoint), str(target), *plan),
         f"reshard to {ranks // 2}": tool(
@@ -62,7 +66,7 @@ def others(checkpoints: Sequence[Path]) -> Iterator[list[str]]:
     for checkpoint in checkpoints:
         files = sum(1 for path in checkpoint.rglob("*") if path.is_file())
         for extra in ([], ["--experts"]):
-            usage = measure(tool("inspect", str(checkpoint), "--json", *extra), env=ENV)
+            usage = measure(inspect(checkpoint, *extra), env=ENV)
             yield [checkpoint.name, f"{files:,}", " ".join(["inspect", *extra]), *cells(usage)]
 
 

@@ -6,7 +6,8 @@
 
 The first lays SOURCE (a sparse ZeRO-3 checkpoint of sparse_zero3.py) out anew and writes the literal
 bytes of the layout; the second is a published Kimi-K2 in FP8 with block scales; the third a Universal
-directory of a model with many parameters, four files each. A terabyte takes some megabytes of disk. CRCs are of zeros.
+directory of a model with many parameters, four files each. A terabyte takes some megabytes of disk.
+CRCs are those of zeros.
 """
 
 from __future__ import annotations
