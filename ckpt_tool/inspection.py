@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+from dataclasses import replace
 from typing import Any
 
-from ckpt_tool.canonical import Checkpoint, ExpertName, Role, Tensor
+from ckpt_tool.canonical import Box, Checkpoint, ExpertName, Region, Role, Tensor
 from ckpt_tool.containers.decoded import real_file
 from ckpt_tool.families import is_expert
 from ckpt_tool.geometry import pieces
@@ -118,10 +119,12 @@ def expert_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         for ep_rank, ids in enumerate(layer.holders):
             for expert in dict.fromkeys(ids):
                 holders_of.setdefault(expert, []).append(ep_rank)
+        by_expert = _by_expert(stack)
         for expert in range(layer.num_experts):
             holders = holders_of.get(expert, [])
             ranks = sorted(rank for ep_rank in holders for rank in ranks_of.get(ep_rank, ()))
-            found = pieces(stack, expert * size, size)
+            held = stack if by_expert is None else replace(stack, regions=by_expert.get(expert, []))
+            found = pieces(held, expert * size, size)
             rows.append(
                 {
                     "layer": int(layer.layer_path.rsplit(".", 1)[-1]),
@@ -132,6 +135,23 @@ def expert_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _by_expert(stack: Tensor) -> dict[int, list[Region | Box]] | None:
+    """The regions that hold each expert of a stack; None where they find that out themselves."""
+    if hasattr(stack.regions, "overlapping"):
+        return None
+    size = max(1, stack.numel // stack.shape[0])
+    found: dict[int, list[Region | Box]] = {}
+    for region in stack.regions:
+        if isinstance(region, Region):
+            experts = range(region.start // size, -(-(region.start + region.numel) // size))
+        else:
+            first, step = region.origin[0], region.steps[0]
+            experts = range(first, first + step * region.counts[0], step)
+        for expert in experts:
+            found.setdefault(expert, []).append(region)
+    return found
 
 
 # ---- the same as text
