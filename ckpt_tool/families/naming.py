@@ -30,6 +30,7 @@ from ckpt_tool.families.dense import (
 )
 from ckpt_tool.families.forms import Stored, compiled, join, split
 from ckpt_tool.geometry import Cut, CutRegions
+from ckpt_tool.layout import LeftOut, left_out
 
 HUB = "hub"
 
@@ -130,13 +131,21 @@ def to_hub(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any] | N
     return with_stated_ties(found, config or {})
 
 
+def unpublishable(checkpoint: Checkpoint, family: Family) -> tuple[LeftOut, ...]:
+    """The tensors that ``to_hub`` leaves out."""
+    return left_out(
+        (
+            tensor
+            for tensor in checkpoint.tensors
+            if isinstance(tensor.name, str) and family.unpublishable(tensor.name, checkpoint.dialect)
+        ),
+        f"published files of the family {family.name} have no such tensor",
+    )
+
+
 def _publishable(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """Without the tensors that no published file has, which a note names."""
-    own = {
-        name
-        for tensor in checkpoint.tensors
-        if isinstance(name := tensor.name, str) and family.unpublishable(name, checkpoint.dialect)
-    }
+    own = {str(one.tensor.name) for one in unpublishable(checkpoint, family) if one.tensor}
     if not own:
         return checkpoint
     note = f"Left out, as published files of the family {family.name} have no such tensors: "

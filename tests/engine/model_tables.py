@@ -35,6 +35,14 @@ MORE: Mapping[str, tuple[dict[str, Any], ...]] = {
     "nemotron_h": ({"layers_block_type": ["mamba", "moe", "mlp"]},),
     "bailing_hybrid": ({"layer_group_size": 3}, {"layer_group_size": 1}),
 }  # fmt: skip
+# Tensors that layers of a newer release (5.24) have in the place of another.
+SINCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "bailing_hybrid": {
+        "attention.q_proj.weight": (
+            "attention.q_a_layernorm.weight", "attention.q_a_proj.weight", "attention.q_b_proj.weight",
+        ),
+    },
+}  # fmt: skip
 DENSE = ("doge", "llama", "mistral", "qwen2", "qwen3")
 _NOT_OF_TENSORS = frozenset({
     "use_cache", "output_hidden_states", "return_dict", "output_attentions", "torchscript", "is_decoder",
@@ -190,6 +198,8 @@ def table(name: str) -> dict[str, Any] | None:
         "towers": sorted(towers),
     }
     for kind, sets in seen.items():
+        for old, new in SINCE.get(name, {}).items():
+            sets += [one - {old} | set(new) for one in sets if old in one]
         always = set.intersection(*sets) if sets else set()
         found[kind] = {
             "required": sorted(always),

@@ -215,7 +215,7 @@ def test_deepspeed_to_fsdp2_and_back(crossed: tuple[Path, dict[str, list[float]]
     _, like = open_checkpoint(DEEPSPEED / template / "checkpoint")
     back = to_autoep(checkpoint, family_of(config))
     layout = TARGETS["zero3"].layout(back, TargetOptions(like=like))
-    write_layout(layout, reader, tmp_path / "back")
+    write_layout(layout, back, reader, tmp_path / "back")
     spec = _deepspeed_spec(template)
     last = dataclasses.replace(spec, start_step=4, load=engine.Load(str(tmp_path / "back")))
     ended, whole = engine.run_each([last, dataclasses.replace(spec, steps=6)])

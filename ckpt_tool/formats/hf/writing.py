@@ -12,7 +12,7 @@ from ckpt_tool.errors import UsageError
 from ckpt_tool.families import FUSED_FORM, HUB_FORM, Family, family_of
 from ckpt_tool.families.agreement import check_config
 from ckpt_tool.families.forms import compiled
-from ckpt_tool.families.naming import Entry, entries, to_hub
+from ckpt_tool.families.naming import Entry, entries, to_hub, unpublishable
 from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.hf.files import INDEX, SINGLE
 from ckpt_tool.formats.hf.quantised import QUANTISATION_KEYS, refuse_unreadable
@@ -55,7 +55,8 @@ def layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
     notes += _kept_precision(slots, family, options.dtype)
     used = {id(tensor) for tensor in values}
     states = [tensor for tensor in published.tensors if id(tensor) not in used]
-    return Layout(tuple(files), left_out(states, _NO_STATE), (*published.notes, *notes))
+    left = (*left_out(states, _NO_STATE), *unpublishable(checkpoint, family))
+    return Layout(tuple(files), left, (*published.notes, *notes))
 
 
 # ---- tensors

@@ -21,7 +21,7 @@ from ckpt_tool.containers.torch_zip import Inline
 from ckpt_tool.errors import MismatchError, UsageError
 from ckpt_tool.families import FUSED_FORM, Family, families, family_of, stated, text_config
 from ckpt_tool.families.forms import compiled
-from ckpt_tool.families.naming import Entry, entries, to_hub
+from ckpt_tool.families.naming import Entry, entries, to_hub, unpublishable
 from ckpt_tool.formats.dcp.grammar.experts import TITAN_NAMES, titan_layer
 from ckpt_tool.formats.dcp.grammar.titan import Fused, fuse, key_value_heads, unnumbered
 from ckpt_tool.formats.dcp.reading.reader import Hint
@@ -290,5 +290,8 @@ def _namer(checkpoint: Checkpoint, dialect: str, config: Mapping[str, Any] | Non
                 f"torchtitan's names for the family {family.name} are not known, but for {known}. Choose "
                 "another --style."
             )
-        return _Titan(to_hub(checkpoint, family, found), family, found)
-    return _InMemory(to_hub(checkpoint, family, found), family, found)
+        namer: _Namer = _Titan(to_hub(checkpoint, family, found), family, found)
+    else:
+        namer = _InMemory(to_hub(checkpoint, family, found), family, found)
+    namer.left_out += unpublishable(checkpoint, family)
+    return namer

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ckpt_tool.canonical import Apart, Region, even_holders
+from ckpt_tool.canonical import Apart, Region, Tensor, even_holders
 from ckpt_tool.errors import UnreadableError
 
 
@@ -64,14 +64,19 @@ class PartitionRegions:
 
 
 class Paddings:
-    """The padding of many parameters, gone through when it is asked for."""
+    """The padding of many parameters, and copies of tensors, gone through when it is asked for."""
 
-    def __init__(self, partitioned: Sequence[PartitionRegions]) -> None:
-        self._partitioned = partitioned
+    def __init__(self, partitioned: Sequence[PartitionRegions], copies: Sequence[Tensor] = ()) -> None:
+        self._partitioned, self._copies = partitioned, copies
 
     def __iter__(self) -> Iterator[Apart]:
         for regions in self._partitioned:
             yield from regions.padding()
+        for tensor in self._copies:
+            for region in tensor.regions:
+                if isinstance(region, Region):
+                    length = region.numel * tensor.dtype.itemsize
+                    yield Apart(region.file, region.offset, length, "a copy with an equal checksum")
 
 
 def expert_holders(entry: Mapping[str, Any], where: str) -> tuple[tuple[int, ...], ...]:

@@ -71,6 +71,14 @@ def read_universal(reader: Reader) -> Checkpoint:
         tensors += _buffers(model, known)
         frozen, extra_files = _frozen(reader, model, known)
         tensors += frozen
+    if model is not None and not about.ours:
+        # 16-bit weights of stages 1 and 2, whose masters are in directories of their own
+        names = {tensor.name for tensor in tensors if tensor.state == WEIGHT}
+        module = model.root.get("module") or {}
+        model.account_for_tensors([value for name, value in module.items() if name not in names])
+    if optimizer is not None:
+        # ds_to_universal leaves rank 0's part of the flat optimizer there, which was taken apart
+        optimizer.account_for_tensors(optimizer.root)
     layers = {one.layer.layer_path: one.layer for one in parameters if one.layer}
     return Checkpoint(
         format=FORMAT,

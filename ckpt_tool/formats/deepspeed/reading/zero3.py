@@ -135,6 +135,7 @@ class _Catalogue:
         self._everyone = self._placement.group(tuple(range(self._world)))
         self._scalars: dict[tuple[TensorName, str], Scalar] = {}
         self._partitioned: list[PartitionRegions] = []
+        self._copies: list[Tensor] = []  # buffers under a second name, with equal checksums
         self._model_files = tuple(files.model_file for files in ranks)
         # the first of all ranks that say the same of their frozen parameters, for each thing said
         self._frozen_kinds = list({id(files.frozen): files for files in reversed(ranks)}.values())[::-1]
@@ -171,7 +172,7 @@ class _Catalogue:
             module_names=self._first.module_names,
             layout_hint=self._first.saved,
             notes=tuple(note for files in self._ranks[:1] for note in files.notes),
-            apart=Paddings(self._partitioned),
+            apart=Paddings(self._partitioned, self._copies),
         )
 
     def _dense_names(self) -> set[str]:
@@ -219,6 +220,8 @@ class _Catalogue:
                     target
                 ):
                     aliases[name] = target
+                    if name in self._first.buffers:
+                        self._copies.append(self._first.buffers[name])
         known = named | set(aliases)
         unknown = [name for name in self._first.module_names if name not in known]
         if unknown:
