@@ -187,7 +187,7 @@ class LocalReader:
         """Open a file; where the process may open no more, at the cost of those that are not in use."""
         while True:
             try:
-                handle = _Handle(os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC))
+                handle = _Handle(os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
                 break
             except OSError as error:
                 idle = next((name for name, other in self._open.items() if other.idle()), None)
@@ -195,10 +195,17 @@ class LocalReader:
                     raise reading_failed(self._root / path, error) from error
                 self._open.pop(idle).release()
         try:
-            self._first.setdefault(path, _signature(os.fstat(handle.fd)))
+            found = os.fstat(handle.fd)
         except OSError as error:
             handle.release()
             raise reading_failed(self._root / path, error) from error
+        if not stat.S_ISREG(found.st_mode):  # whoever reads a pipe waits for somebody who writes
+            handle.release()
+            raise UnreadableError(
+                f"{self._root / path} is no regular file but a directory, pipe or device. Put the "
+                "checkpoint's file there."
+            )
+        self._first.setdefault(path, _signature(found))
         return handle
 
 

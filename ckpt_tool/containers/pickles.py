@@ -23,6 +23,7 @@ from ckpt_tool.containers.pickle_records import (
     TorchSize,
     stand_in,
 )
+from ckpt_tool.containers.pickle_scan import check_opcodes
 from ckpt_tool.errors import UnreadableError, UnsafePickleError
 
 # Classes and functions kept as stand-ins, with the reason each occurs in real checkpoints.
@@ -88,6 +89,7 @@ def _rebuild_tensor(
     if not isinstance(storage, StorageRecord) or storage.dtype is None:
         raise ValueError("a tensor without a typed storage")
     _refuse_lazy_bits(metadata)
+    _refuse_lazy_sizes(size, stride)
     return _checked(
         TensorRecord(storage, storage.dtype, offset, tuple(size), tuple(stride), bool(requires_grad))
     )
@@ -106,6 +108,7 @@ def _rebuild_tensor_v3(
     if not isinstance(storage, StorageRecord):
         raise ValueError("a tensor without a storage")
     _refuse_lazy_bits(metadata)
+    _refuse_lazy_sizes(size, stride)
     return _checked(
         TensorRecord(
             StorageRecord(storage.key, None, storage.numel),
@@ -122,6 +125,13 @@ def _refuse_lazy_bits(metadata: Any) -> None:
     """torch stores a negated or conjugated view as a flag beside the bytes of the original."""
     if metadata:
         raise ValueError(f"a tensor whose stored bytes are not its values: {metadata!r}")
+
+
+def _refuse_lazy_sizes(*sizes: Any) -> None:
+    """A pickle of a few bytes can make a range of any length."""
+    for one in sizes:
+        if not isinstance(one, tuple | list):
+            raise ValueError(f"a tensor with a {type(one).__name__} as its shape or strides")
 
 
 def _checked(record: TensorRecord) -> TensorRecord:
@@ -148,7 +158,7 @@ def _rebuild_parameter(data: TensorRecord, requires_grad: bool, hooks: Any) -> T
 
 
 def _rebuild_from_type(function: Any, kind: Any, args: tuple[Any, ...], state: Any) -> TensorRecord:
-    if not isinstance(function, _Function):
+    if not isinstance(function, _Function) or not isinstance(args, tuple):
         raise ValueError("a tensor subclass rebuilt by something that is no tensor function")
     record = function(*args)
     if not isinstance(record, TensorRecord):
@@ -287,6 +297,7 @@ def loads(data: bytes, *, where: str, extra: Mapping[tuple[str, str], Any] | Non
         UnreadableError: it is damaged.
     """
     try:
+        check_opcodes(data)
         return _Restricted(data, extra or {}).load()
     except UnsafePickleError as error:
         raise UnsafePickleError(

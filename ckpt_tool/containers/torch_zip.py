@@ -76,12 +76,22 @@ class TorchArchive(StoredZip):
         if largest is not None and size > largest:
             self.root: Any = Unread(size)
             return
-        data = self.read_record("data.pkl")
+        data = self._checked_record("data.pkl")
         if alike is not None:
             self.root = alike.loads(data, where=self.where)
             return
         self.root = pickles.loads(data, where=self.where, extra=extra)
         check_spelled_out(self.root, size, self.where)
+
+    def _checked_record(self, name: str) -> bytes:
+        """The bytes of a small record; they have the CRC-32 that the archive states, unless that is 0."""
+        data, stated = self.read_record(name), self.info(name).CRC
+        if stated and binascii.crc32(data) != stated:
+            raise UnreadableError(
+                f"{self.where}: record {name} is not what its checksum says. The file is damaged; copy it "
+                "again from where it was saved."
+            )
+        return data
 
     def storage_crc(self, record: TensorRecord) -> int:
         """The CRC-32 of a tensor's storage: as the archive states it, else computed. In an archive whose

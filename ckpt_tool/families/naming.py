@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -169,7 +170,7 @@ def _check_conserved(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
     """Renaming moves no element to another state, and gives no two tensors one name."""
     keys = [(tensor.name, tensor.state) for tensor in after]
     if len(set(keys)) != len(keys):
-        double = next(key for key in keys if keys.count(key) > 1)
+        double = next(key for key, count in Counter(keys).items() if count > 1)
         raise MismatchError(
             f"Two tensors of the checkpoint get the same published name: {double[0]} [{double[1]}]."
         )

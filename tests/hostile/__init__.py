@@ -1,0 +1,1 @@
+"""Hostile and damaged files, each named by what is wrong with it."""
