@@ -27,9 +27,11 @@ from isal import isal_zlib
 
 import ckpt_tool
 from ckpt_tool.canonical import Checkpoint, DType, Region, Scalar, SourceFile, Tensor, TrainingState
-from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.dcp.writing.target_options import DcpOptions
+from ckpt_tool.formats.deepspeed.facts.target_options import UniversalOptions, ZeroOptions
 from ckpt_tool.formats.deepspeed.writing.universal import Universal
-from ckpt_tool.formats.registry import TARGETS
+from ckpt_tool.formats.hf.target_options import HfOptions
+from ckpt_tool.formats.known import targets
 from ckpt_tool.layout import CrcSlot, Layout, TargetFile
 from ckpt_tool.model_files import find_config
 
@@ -73,15 +75,15 @@ def _crc(file: TargetFile, slot: CrcSlot) -> int:
 
 def laid_out(source: Path, to: str, world: int | None, max_shard_bytes: int) -> Layout:
     config, extra = find_config(source, None)
-    options = TargetOptions(
-        config=config,
-        world=world,
-        max_shard_bytes=max_shard_bytes,
-        extra_files=extra if to == "hf" else {},
-        dtype=DType.bfloat16 if to == "hf" else None,
-        style="transformers" if to == "dcp" else None,
-    )
-    return TARGETS[to].layout(ckpt_tool.open(source), options)
+    options = {
+        "universal": UniversalOptions(),
+        "zero3": ZeroOptions(world=world),
+        "zero2": ZeroOptions(world=world),
+        "zero1": ZeroOptions(world=world),
+        "dcp": DcpOptions(config=config, world=world, style="transformers"),
+        "hf": HfOptions(DType.bfloat16, config, max_shard_bytes=max_shard_bytes, extra_files=extra),
+    }
+    return targets()[to].load().layout(ckpt_tool.open(source), options[to])
 
 
 def many_parameters(count: int) -> Layout:
@@ -98,7 +100,7 @@ def many_parameters(count: int) -> Layout:
     training = TrainingState(step=10, counters={"global_steps": 10})
     files = (SourceFile("f", count * size, ""),)
     checkpoint = Checkpoint("", "", "transformers", tensors, files, training=training, scalars=scalars)
-    return Universal().layout(replace(checkpoint, module_names=tuple(names)), TargetOptions())
+    return Universal().layout(replace(checkpoint, module_names=tuple(names)), UniversalOptions())
 
 
 def fp8_tensors() -> Iterator[tuple[str, str, Shape]]:
@@ -174,7 +176,7 @@ def fp8_config() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", type=Path, nargs="+", help="[SOURCE] DIR")
-    parser.add_argument("--to", choices=sorted(TARGETS))
+    parser.add_argument("--to", choices=sorted(targets()))
     parser.add_argument("--world", type=int)
     parser.add_argument("--max-shard-bytes", type=int, default=2_100_000_000)
     parser.add_argument("--fp8", action="store_true")

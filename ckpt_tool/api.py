@@ -19,58 +19,43 @@ from ckpt_tool.canonical import Checkpoint, DType
 from ckpt_tool.commit import occupied
 from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.conversion import Execution as Execution
-from ckpt_tool.conversion import Outcome, carry_out, lacking_room, refuse_own_source, refuse_strangers
+from ckpt_tool.conversion import (
+    Outcome,
+    Wanted,
+    carry_out,
+    lacking_room,
+    refuse_own_source,
+    refuse_strangers,
+)
 from ckpt_tool.diagnosis import Diagnosis as Diagnosis
 from ckpt_tool.diagnosis import Severity, examine, examine_files, tag_file, unusable_config
 from ckpt_tool.duplicates import Copies, find_copies
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.families import family_of
-from ckpt_tool.families.adapters import refuse_adapters
 from ckpt_tool.families.agreement import check_config
-from ckpt_tool.families.autoep import refuse_composite, to_autoep
-from ckpt_tool.families.model_in_memory import check_against_model
-from ckpt_tool.families.naming import HUB, to_hub
-from ckpt_tool.families.roots import check_described, fitted, misfit
-from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.deepspeed.writing.module_order import with_module_order
-from ckpt_tool.formats.hf.quantised import refuse_unreadable
-from ckpt_tool.formats.registry import TARGETS, locate, open_checkpoint
+from ckpt_tool.families.naming import to_hub
+from ckpt_tool.families.roots import misfit
+from ckpt_tool.formats.base import Request
+from ckpt_tool.formats.declaration import Target
+from ckpt_tool.formats.known import all_options, own_target, published_target, targets
+from ckpt_tool.formats.options import recorded
+from ckpt_tool.formats.registry import locate, open_checkpoint
 from ckpt_tool.integrity import check, check_files
-from ckpt_tool.layout import LeftOut
 from ckpt_tool.manifest import read_manifest
 from ckpt_tool.model_files import (
     check_same_family,
     find_config,
     left_behind,
     read_config,
-    read_ds_config,
 )
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader
 from ckpt_tool.sums import own_manifest
 from ckpt_tool.system_errors import told
 from ckpt_tool.values import Difference, check_replicas
-from ckpt_tool.wrappers import as_saved
 
 PathLike = str | os.PathLike[str]
-
-# Targets with the names of a DeepSpeed run's modules.
-_DEEPSPEED = frozenset({"universal", "zero3", "zero2", "zero1"})
-# What each target takes beside --dtype, which it refuses itself, and --config, which tells names.
-_ZERO = frozenset({"--ep", "--world", "--like", "--weights-only", "--ds-config"})
-_TAKES = {
-    "universal": frozenset({"--keep-groups", "--weights-only"}),
-    "zero3": _ZERO,
-    "zero2": _ZERO,
-    "zero1": _ZERO,
-    "dcp": frozenset({"--ep", "--world", "--like", "--style", "--weights-only"}),
-    "hf": frozenset({"--hf-layout", "--max-shard-size"}),
-}
-# Targets that are the same at any topology.
-_WITHOUT_RANKS = frozenset({"universal", "hf"})
-
-DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +112,17 @@ def convert(
     weights_only: bool = False,
     config: PathLike | None = None,
     ds_config: PathLike | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     keep_groups: bool = False,
     verify: bool = False,
     dry_run: bool = False,
     how: Execution | None = None,
+    **more: Any,
 ) -> Result:
     """Write the checkpoint at ``source`` in another format into the new directory ``target``.
 
     Args:
-        to: a target of ``formats.registry``: ``universal``, ``zero3``, ``hf``, ...; None: the source's.
+        to: a target of ``formats.known``: ``universal``, ``zero3``, ``hf``, ...; None: the source's.
         ep, world: the target's expert-parallel size and number of ranks; by default the source's.
         like: a checkpoint that the target run saved itself; its layout is filled with the source's values.
         style: a dialect of DCP: torchtitan, accelerate, plain or transformers.
@@ -145,77 +131,50 @@ def convert(
         weights_only: leave optimizer state out.
         config: a model's ``config.json``, or a directory with one.
         ds_config: a DeepSpeed config (JSON) that supplies what the source does not say.
-        max_shard_bytes: largest safetensors file.
+        max_shard_bytes: largest safetensors file; None: 5 GB.
         keep_groups: write the source's optimizer group settings into a Universal checkpoint.
         verify: check the source's own checksums first, and compare the result with it, bit for bit, before
             it is published.
         dry_run: plan and check everything, write nothing.
+        more: options of formats that are not part of the package (``formats.known.register``).
 
     Raises:
         CkptToolError: see the message; nothing is left under the target's name.
     """
     how = how or Execution()
-    if to is not None and to not in TARGETS:
-        raise UsageError(f"--to {to!r} is not a target; choose from {', '.join(sorted(TARGETS))}.")
     given = {
-        "--ep": ep, "--world": world, "--like": like, "--style": style, "--hf-layout": hf_layout,
-        "--weights-only": weights_only, "--ds-config": ds_config, "--keep-groups": keep_groups,
-        "--max-shard-size": max_shard_bytes != DEFAULT_SHARD_BYTES,
+        "ep": ep, "world": world, "like": like, "style": style, "hf_layout": hf_layout,
+        "weights_only": weights_only, "ds_config": ds_config, "keep_groups": keep_groups,
+        "max_shard_bytes": max_shard_bytes, **more,
     }  # fmt: skip
-    if to is not None:
-        _refuse_useless(to, given)
+    _refuse_unknown(more)
+    known = None if to is None else _target(to)
+    if known is not None:
+        _refuse_useless(known, given)
+    cast = parse_dtype(dtype)
     budget = how.budget()
     reader, checkpoint = open_checkpoint(Path(source))
     try:
-        if to is None:
-            to = _own_target(checkpoint)
-            _refuse_useless(to, given)
-        model_config, extra = find_config(Path(source), config)
+        if known is None:
+            known = _own_target(checkpoint)
+            _refuse_useless(known, given)
+        model_config, beside = find_config(Path(source), config)
         if config is not None and model_config is not None:
             check_same_family(checkpoint.model_config, model_config)
-        republished = to == "hf" and checkpoint.format == TARGETS["hf"].name
-        files_left = left_behind(Path(source), extra) if republished else ()
-        template = open(like) if like is not None else None
-        refuse_unreadable(checkpoint.tensors)
-        if checkpoint.unresolved and to != "hf" and not weights_only:
-            raise UnreadableError(
-                f"{checkpoint.root}: {checkpoint.unresolved} Pass --weights-only to convert without it."
-            )
-        if checkpoint.nameless and not (to == "dcp" and style is None):
-            raise UnreadableError(f"{checkpoint.root}: {checkpoint.nameless}")
-        left_out: tuple[LeftOut, ...] = ()
-        if to == "hf" or _engine(checkpoint.format) != _engine(TARGETS[to].name):
-            refuse_adapters(checkpoint)
-            if model_config is not None:
-                checkpoint, model_config, left_out = fitted(checkpoint, model_config)
-                not_compared = check_against_model(checkpoint, model_config)
-                checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *not_compared))
-        run_config = read_ds_config(Path(ds_config), to) if ds_config is not None else None
-        if to == "dcp" and model_config is not None and (checkpoint.dialect == HUB or config is not None):
-            check_described(checkpoint, model_config)
-        if to in _DEEPSPEED:
-            checkpoint = _under_module_names(checkpoint, model_config, template)
-            if to != "universal" and template is None and not checkpoint.module_names:
-                checkpoint = with_module_order(checkpoint, model_config or {}, run_config or {}, ep or 1)
-            saved = (template or checkpoint).saved_names
-            checkpoint, template = as_saved(checkpoint, saved), template and as_saved(template, saved)
-        options = TargetOptions(
-            dtype=parse_dtype(dtype),
-            config=model_config,
-            max_shard_bytes=max_shard_bytes,
-            extra_files=extra if to == "hf" else {},
-            keep_groups=keep_groups,
-            world=world,
-            ep=ep,
-            like=template,
-            style=style,
-            hf_layout=hf_layout,
-            ds_config=run_config,
-            weights_only=weights_only,
+        written = known.load()
+        republished = known.published and checkpoint.format == written.name
+        files_left = left_behind(Path(source), beside) if republished else ()
+        values = known.values(given)
+        prepared = written.prepare(
+            Request(known.to, checkpoint, values, cast, model_config, config is not None, beside)
         )
-        layout = TARGETS[to].layout(checkpoint, options)
-        layout = replace(layout, left_out=(*layout.left_out, *left_out))
+        checkpoint = prepared.checkpoint
+        layout = written.layout(checkpoint, prepared.options)
+        layout = replace(layout, left_out=(*layout.left_out, *prepared.left_out))
         plan = make_plan(layout, checkpoint)
+        parameters = {"to": known.to, "dtype": str(cast or "keep")}
+        parameters |= recorded(known.options, all_options(), values)
+        wanted = Wanted(parameters, prepared.config, cast)
         destination = Path(os.path.abspath(target))  # noqa: PTH100 (keep symlinks as the user wrote them)
         outcome = Outcome(None)
         refuse_own_source(Path(reader.root), destination)
@@ -226,7 +185,7 @@ def convert(
         lacking = lacking_room(destination, plan.bytes_written) if dry_run else ""
         if not dry_run:
             check_replicas(checkpoint, reader, budget)
-            outcome = carry_out(plan, reader, checkpoint, destination, to, options, how, budget, verify)
+            outcome = carry_out(plan, reader, checkpoint, destination, wanted, how, budget, verify)
     finally:
         reader.close()
     return Result(
@@ -284,7 +243,7 @@ def consolidate(
     dtype: str | None = "fp32",
     hf_layout: str | None = None,
     config: PathLike | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     verify: bool = False,
     dry_run: bool = False,
     how: Execution | None = None,
@@ -293,7 +252,7 @@ def consolidate(
     return convert(
         source,
         target,
-        to="hf",
+        to=published_target().to,
         dtype=dtype,
         hf_layout=hf_layout,
         config=config,
@@ -304,25 +263,41 @@ def consolidate(
     )
 
 
-def _own_target(checkpoint: Checkpoint) -> str:
-    to = next((name for name, known in TARGETS.items() if known.name == checkpoint.format), None)
-    if to is None or to in _WITHOUT_RANKS:
+def _target(to: str) -> Target:
+    known = targets()
+    if to not in known:
+        raise UsageError(f"--to {to!r} is not a target; choose from {', '.join(sorted(known))}.")
+    return known[to]
+
+
+def _own_target(checkpoint: Checkpoint) -> Target:
+    known = own_target(checkpoint.format)
+    if known is None or not known.resharded:
+        others = sorted(to for to, target in targets().items() if target.resharded)
         raise UsageError(
             f"{checkpoint.root} is {checkpoint.format}, which has no ranks or is not written; `ckpt-tool "
-            f"convert --to` writes another format: {', '.join(sorted(set(TARGETS) - _WITHOUT_RANKS))}."
+            f"convert --to` writes another format: {', '.join(others)}."
         )
-    return to
+    return known
 
 
-def _engine(name: str) -> str:
-    """Whose names a format has: those of one engine's modules, or published ones."""
-    return name.partition("-")[0]
+def _refuse_unknown(given: Mapping[str, Any]) -> None:
+    known = sorted(option.name for option in all_options())
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise UsageError(
+            f"{', '.join(unknown)}: no format has an option of this name. There are {', '.join(known)}."
+        )
 
 
-def _refuse_useless(to: str, given: Mapping[str, object]) -> None:
-    useless = sorted(name for name, value in given.items() if value and name not in _TAKES[to])
+def _refuse_useless(target: Target, given: Mapping[str, Any]) -> None:
+    useless = sorted(
+        option.flag
+        for option in all_options()
+        if option not in target.options and option.is_given(given.get(option.name))
+    )
     if useless:
-        raise UsageError(f"{', '.join(useless)}: --to {to} has no use for it. Leave it out.")
+        raise UsageError(f"{', '.join(useless)}: --to {target.to} has no use for it. Leave it out.")
 
 
 @told()
@@ -441,7 +416,8 @@ def _verify_one(path: Path, budget: Budget, how: Execution) -> Verdict:
             return verdict
         try:
             verdict = check(checkpoint, reader, manifest, root, budget, meter=how.meter)
-            wrong = misfit(checkpoint) if checkpoint.format == TARGETS["hf"].name else None
+            known = own_target(checkpoint.format)
+            wrong = misfit(checkpoint) if known is not None and known.published else None
             found = () if wrong is None else (Difference("names", checkpoint.root, wrong),)
             return replace(verdict, differences=(*verdict.differences, *found))
         finally:
@@ -459,28 +435,3 @@ def parse_dtype(name: str | None) -> DType | None:
     if name not in known:
         raise UsageError(f"--dtype {name!r} is not one of keep, fp32, bf16, fp16.")
     return known[name]
-
-
-def _under_module_names(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None, like: Checkpoint | None
-) -> Checkpoint:
-    """A source of another engine under the names its parameters have in a DeepSpeed run.
-
-    That is AutoEP's module tree, unless a template shows that the run trains transformers' own.
-
-    Raises:
-        UsageError: the source does not say which model it is, and no config was given.
-    """
-    own = checkpoint.format.startswith("deepspeed")
-    if own or (like is not None and like.dialect == checkpoint.dialect):
-        return checkpoint
-    if config is None:
-        raise UsageError(
-            f"{checkpoint.root} is {checkpoint.format}, whose tensors have other names than a DeepSpeed "
-            "run's. Pass --config with the model's config.json, which tells the family."
-        )
-    family = family_of(config)
-    published = to_hub(checkpoint, family, config)
-    check_config(published, family, config)
-    refuse_composite(published, config)
-    return to_autoep(published, family)

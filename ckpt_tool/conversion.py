@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import xxhash
 
 from ckpt_tool import __version__
 from ckpt_tool.belongings import owned
-from ckpt_tool.canonical import Checkpoint
+from ckpt_tool.canonical import Checkpoint, DType
 from ckpt_tool.commit import Staging, occupied
 from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.containers.decoded import files_behind
@@ -22,7 +22,6 @@ from ckpt_tool.execute.budget import MIB, Budget
 from ckpt_tool.execute.checked import Checked, CheckingReader
 from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Meter, Silent
-from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.registry import open_checkpoint
 from ckpt_tool.integrity import check, none_proven
 from ckpt_tool.layout import TargetFile
@@ -63,13 +62,24 @@ class Outcome(NamedTuple):
     checked: Checked | None = None
 
 
+class Wanted(NamedTuple):
+    """What was asked for, as far as it matters once the plan is made.
+
+    ``parameters`` go into the manifest, and tell whether an earlier run was the same. ``config`` describes
+    the catalogue, for the comparison; ``dtype`` is the cast that was asked for.
+    """
+
+    parameters: Mapping[str, Any]
+    config: Mapping[str, Any] | None = None
+    dtype: DType | None = None
+
+
 def carry_out(
     plan: Plan,
     reader: Reader,
     checkpoint: Checkpoint,
     destination: Path,
-    to: str,
-    options: TargetOptions,
+    wanted: Wanted,
     how: Execution,
     budget: Budget,
     verify_result: bool,
@@ -86,7 +96,7 @@ def carry_out(
     """
     left_out = {one.label for one in plan.left_out}
     kept = checkpoint.select(tensor for tensor in checkpoint.tensors if tensor.label() not in left_out)
-    identity = _identity(plan, checkpoint, to, options)
+    identity = _identity(plan, checkpoint, wanted.parameters)
 
     def judge(place: Path) -> Owned:
         return owned(place, [file.path for file in plan.files])
@@ -97,7 +107,7 @@ def carry_out(
     ):
         if verify_result:
             _verify_source(reader, checkpoint, budget)
-            verdict = _verify_result(plan, destination, reader, kept, options, budget, how)
+            verdict = _verify_result(plan, destination, reader, kept, wanted, budget, how)
         _refuse_changed(reader)
         how.on_published(destination)
         finish(destination, judge, overwrite=how.overwrite)
@@ -136,7 +146,7 @@ def carry_out(
             raise
         if verify_result:
             try:
-                verdict = _verify_result(plan, staging.path, reader, kept, options, budget, how)
+                verdict = _verify_result(plan, staging.path, reader, kept, wanted, budget, how)
             except CkptToolError:
                 staging.discard_all()
                 raise
@@ -187,7 +197,7 @@ def _verify_result(
     path: Path,
     reader: Reader,
     checkpoint: Checkpoint,
-    options: TargetOptions,
+    wanted: Wanted,
     budget: Budget,
     how: Execution,
 ) -> Verdict:
@@ -198,8 +208,8 @@ def _verify_result(
             written,
             (reader, written_reader),
             budget,
-            config=options.config,
-            rounded=options.dtype is not None or bool(plan.casts),
+            config=wanted.config,
+            rounded=wanted.dtype is not None or bool(plan.casts),
             meter=how.meter,
         )
     finally:
@@ -220,7 +230,7 @@ def sources_of(target: TargetFile) -> set[str]:
     return {file for fill in target.fills for piece in copies(fill) for file in files_behind(piece.file)}
 
 
-def _identity(plan: Plan, checkpoint: Checkpoint, to: str, options: TargetOptions) -> dict[str, Any]:
+def _identity(plan: Plan, checkpoint: Checkpoint, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """What makes two runs the same conversion; also the head of the manifest. No paths, no times."""
     digest = xxhash.xxh3_128()
     for file in sorted(checkpoint.files):
@@ -240,17 +250,7 @@ def _identity(plan: Plan, checkpoint: Checkpoint, to: str, options: TargetOption
             "bytes": sum(file.size for file in checkpoint.files),
             "files": len(checkpoint.files),
         },
-        "parameters": {
-            "to": to,
-            "dtype": str(options.dtype or "keep"),
-            "max_shard_bytes": options.max_shard_bytes,
-            "keep_groups": options.keep_groups,
-            "ep": options.ep,
-            "world": options.world,
-            "style": options.style,
-            "hf_layout": options.hf_layout,
-            "weights_only": options.weights_only,
-        },
+        "parameters": dict(parameters),
         "identity": digest.hexdigest(),
     }
 

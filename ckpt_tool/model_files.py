@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
+from ckpt_tool.errors import MismatchError, UsageError
 from ckpt_tool.families import family_of
 from ckpt_tool.formats.beside import is_models
+from ckpt_tool.formats.deepspeed.facts.run_config import DS_FIELDS
 from ckpt_tool.formats.registry import locate
+from ckpt_tool.json_file import read_json
 from ckpt_tool.storage import LocalReader, is_directory, is_file
 from ckpt_tool.system_errors import reading_failed
 
-# One of these at least is in every DeepSpeed config (deepspeed 0.19.8, runtime/config.py).
-_DS_FIELDS = frozenset(
-    {"train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization", "optimizer", "bf16", "fp16"}
-)
 _LARGEST = 64 << 20  # bytes; they are held in memory, and no tokenizer is larger
 
 
@@ -47,7 +44,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
     if "model_type" not in config:
         own = (
             "It looks like a DeepSpeed config; pass that with --ds-config."
-            if _DS_FIELDS & config.keys()
+            if DS_FIELDS & config.keys()
             else ""
         )
         raise MismatchError(
@@ -71,38 +68,6 @@ def check_same_family(own: Mapping[str, Any] | None, given: Mapping[str, Any]) -
             f"checkpoint's own config.json one of {family.name} ({own.get('model_type')}). Pass the "
             "config.json of the model that was trained, or none."
         )
-
-
-def read_json(file: Path) -> Mapping[str, Any]:
-    """A JSON object; UsageError where there is no file, UnreadableError where it holds something else."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{file} does not exist.") from None
-    except IsADirectoryError:
-        raise UsageError(f"{file} is a directory; pass the file.") from None
-    except OSError as error:
-        raise reading_failed(file, error) from error
-    except ValueError as error:
-        raise UnreadableError(f"{file} is not readable JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UnreadableError(f"{file} holds no JSON object.")
-    return value
-
-
-def read_ds_config(file: Path, to: str) -> Mapping[str, Any]:
-    """A DeepSpeed config for the target ``to``; UsageError where it is none, or of another stage."""
-    config = read_json(file)
-    if not _DS_FIELDS & config.keys():
-        raise UsageError(
-            f"{file} is no DeepSpeed config: it has none of {', '.join(sorted(_DS_FIELDS))}. --ds-config "
-            "takes the JSON that deepspeed.initialize gets; a model's config.json is passed with --config."
-        )
-    zero = config.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    if type(stage) is int and to in ("zero1", "zero2", "zero3") and to != f"zero{stage}":
-        raise UsageError(f"{file} has ZeRO stage {stage}, the target is {to}. Correct one of the two.")
-    return config
 
 
 def left_behind(source: Path, carried: Mapping[str, bytes]) -> tuple[str, ...]:

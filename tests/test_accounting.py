@@ -17,8 +17,9 @@ from ckpt_tool.accounting import Bytes
 from ckpt_tool.canonical import Box, Checkpoint, DType, Region, Tensor
 from ckpt_tool.containers.torch_zip import TorchArchive, torch_file
 from ckpt_tool.errors import CoverageError
-from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.registry import TARGETS, open_checkpoint
+from ckpt_tool.formats.base import Request
+from ckpt_tool.formats.known import targets
+from ckpt_tool.formats.registry import open_checkpoint
 from ckpt_tool.layout import Fill, Layout, LazyFiles, Literal, TargetFile
 from ckpt_tool.model_files import read_config
 from ckpt_tool.plan import make_plan
@@ -130,7 +131,10 @@ def laid_out(name: str, to: str, **options: object) -> tuple[Layout, Checkpoint]
     config, _ = read_config(config_of(name)), None
     reader, checkpoint = open_checkpoint(checkpoint_of(name))
     reader.close()
-    return TARGETS[to].layout(checkpoint, TargetOptions(config=config, **options)), checkpoint  # type: ignore[arg-type]
+    target = targets()[to]
+    written = target.load()
+    prepared = written.prepare(Request(to, checkpoint, target.values(options), config=config))
+    return written.layout(prepared.checkpoint, prepared.options), prepared.checkpoint
 
 
 STATES = [("dcp", "exp_avg_sq"), ("dcp", "exp_avg"), ("universal", "exp_avg_sq"), ("zero3", "exp_avg")]

@@ -9,7 +9,7 @@ import pytest
 from ckpt_tool import api
 from ckpt_tool.canonical import DType, Region, Tensor, contiguous
 from ckpt_tool.errors import CkptToolError, CoverageError
-from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.deepspeed.facts.target_options import UniversalOptions
 from ckpt_tool.formats.deepspeed.writing.universal import Universal
 from ckpt_tool.geometry import Axis, take
 from ckpt_tool.layout import Fill, Layout, Literal, TargetFile, left_out, text_file
@@ -177,7 +177,7 @@ def test_extents_keep_blocks_together_where_they_fit() -> None:
 def test_the_same_checkpoint_gives_the_same_plan(name: str) -> None:
     def described() -> list[object]:
         checkpoint = api.open(checkpoint_of(name))
-        plan = make_plan(Universal().layout(checkpoint, TargetOptions()), checkpoint)
+        plan = make_plan(Universal().layout(checkpoint, UniversalOptions()), checkpoint)
         return [
             (
                 *(target.path, target.size, target.literals, target.crc_slots),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from ckpt_tool.canonical import Checkpoint, DType
-from ckpt_tool.layout import Layout
+from ckpt_tool.layout import Layout, LeftOut
 from ckpt_tool.storage import Reader
 
 
@@ -26,37 +26,53 @@ class SourceFormat(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TargetOptions:
-    """What a user may ask of a target; each format uses what applies to it and refuses the rest.
+class Request:
+    """What a target is asked for.
 
-    ``dtype`` None keeps dtypes (masters stay fp32). ``config`` is a Hugging Face ``config.json``.
-    ``max_shard_bytes`` bounds one safetensors file; ``extra_files`` (tokenizer and the like) are
-    carried over. ``keep_groups`` writes the source's optimizer group settings where the default leaves
-    the target run's own in force. ``world`` and ``ep`` are the target topology, ``like`` a checkpoint
-    the target run saved itself, whose layout is taken over. ``style`` names a dialect of DCP, ``hf_layout``
-    (hub or fused) how safetensors hold experts. ``ds_config`` is a DeepSpeed config that supplies what the
-    source does not say. ``weights_only`` leaves optimizer state out.
+    ``to`` is what ``--to`` called it. ``dtype`` None keeps dtypes. ``config`` is the model's
+    ``config.json``, which ``config_given`` says the user passed; ``beside`` are the small files beside it
+    (tokenizer and the like), by name. ``values`` has every option that the target declares, by name.
     """
 
+    to: str
+    checkpoint: Checkpoint
+    values: Mapping[str, Any]
     dtype: DType | None = None
     config: Mapping[str, Any] | None = None
-    max_shard_bytes: int = 5_000_000_000
-    extra_files: Mapping[str, bytes] = field(default_factory=dict)
-    keep_groups: bool = False
-    world: int | None = None
-    ep: int | None = None
-    like: Checkpoint | None = None
-    style: str | None = None
-    hf_layout: str | None = None
-    ds_config: Mapping[str, Any] | None = None
-    weights_only: bool = False
+    config_given: bool = False
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
-class TargetFormat(Protocol):
-    """A format that can be written."""
+Options = TypeVar("Options")
 
-    name: str
 
-    def layout(self, checkpoint: Checkpoint, options: TargetOptions) -> Layout:
+@dataclass(frozen=True, slots=True)
+class Prepared(Generic[Options]):
+    """A catalogue ready to be laid out: under the target's names, all that it needs known.
+
+    ``options`` are in the target's own form. ``config`` describes the catalogue, if a config is known.
+    ``left_out`` are tensors of the source that are no longer in the catalogue.
+    """
+
+    checkpoint: Checkpoint
+    options: Options
+    config: Mapping[str, Any] | None = None
+    left_out: tuple[LeftOut, ...] = ()
+
+
+class TargetFormat(Protocol[Options]):
+    """A format that can be written. ``name`` is the format's, as ``SourceFormat`` has it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def prepare(self, request: Request) -> Prepared[Options]:
+        """What is done to a catalogue before it is laid out; raises where the target cannot be made of it.
+
+        ``formats.preparing`` has the steps that formats share.
+        """
+        ...
+
+    def layout(self, checkpoint: Checkpoint, options: Options) -> Layout:
         """The target's files. Pure: reads no tensor bytes; raises UsageError or MismatchError."""
         ...

@@ -1,9 +1,8 @@
-"""All formats, and finding out which one a path holds. A new format is a module and a line here."""
+"""Finding out which format a path holds, and reading it. ``known`` lists the formats."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,33 +10,20 @@ from ckpt_tool import collecting
 from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.families import adapters
-from ckpt_tool.formats.base import SourceFormat, TargetFormat
+from ckpt_tool.formats.base import SourceFormat
 from ckpt_tool.formats.beside import beside_tags, not_understood
-from ckpt_tool.formats.dcp.format import Dcp
-from ckpt_tool.formats.deepspeed.reading.zero0 import Zero0
-from ckpt_tool.formats.deepspeed.reading.zero3 import Zero3
-from ckpt_tool.formats.deepspeed.reading.zero12 import Zero12
-from ckpt_tool.formats.deepspeed.writing.universal import Universal
-from ckpt_tool.formats.deepspeed.writing.zero3_target import Zero3Target
-from ckpt_tool.formats.deepspeed.writing.zero12_target import Zero12Target
-from ckpt_tool.formats.hf import HuggingFace
+from ckpt_tool.formats.known import FORMATS
 from ckpt_tool.storage import LocalReader, Reader, is_directory, is_file
 from ckpt_tool.system_errors import reading_failed
 from ckpt_tool.wrappers import unwrapped_checkpoint
 
-# In order of detection: a Universal directory also has a stage-3 model file.
-SOURCES: tuple[SourceFormat, ...] = (Universal(), Zero3(), Zero12(), Zero0(), Dcp(), HuggingFace())
-TARGETS: Mapping[str, TargetFormat] = {
-    "universal": Universal(),
-    "zero3": Zero3Target(),
-    "zero2": Zero12Target(2),
-    "zero1": Zero12Target(1),
-    "dcp": Dcp(),
-    "hf": HuggingFace(),
-}
-
 # Files that name the subdirectory to take, in order of preference.
 TAG_FILES = ("latest", "latest_universal")
+
+
+def sources() -> list[SourceFormat]:
+    """The formats that are read, in order of detection."""
+    return [known.load() for known in FORMATS if known.load is not None]
 
 
 def locate(path: Path) -> Path:
@@ -89,7 +75,7 @@ def _is_checkpoint(path: Path) -> bool:
         reader = LocalReader(locate(path))
     except UnreadableError:
         return False
-    return any(candidate.recognises(reader) for candidate in SOURCES)
+    return any(candidate.recognises(reader) for candidate in sources())
 
 
 def _above(path: Path, directory: Path) -> tuple[str, ...]:
@@ -100,14 +86,14 @@ def _above(path: Path, directory: Path) -> tuple[str, ...]:
 
 def _is_recognised(directory: Path) -> bool:
     reader = LocalReader(directory)
-    return any(candidate.recognises(reader) for candidate in SOURCES)
+    return any(candidate.recognises(reader) for candidate in sources())
 
 
 def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
     """Read the catalogue of the checkpoint at ``path``, whatever its format."""
     directory = locate(path)
     reader = LocalReader(directory)
-    for candidate in SOURCES:
+    for candidate in sources():
         if candidate.recognises(reader):
             try:
                 with collecting.paused():
@@ -140,6 +126,6 @@ def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
     raise UnreadableError(
         f"{directory} is no checkpoint ckpt-tool reads (it holds {shown}). Read are: "
-        + ", ".join(candidate.name for candidate in SOURCES)
+        + ", ".join(candidate.name for candidate in sources())
         + ". A path may be the tag directory, or its parent with a `latest` file."
     )

@@ -31,8 +31,8 @@ from ckpt_tool.execute.meter import Silent
 from ckpt_tool.families import family_of, text_config
 from ckpt_tool.families.autoep import to_autoep
 from ckpt_tool.families.naming import to_hub
-from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.hf import HuggingFace
+from ckpt_tool.formats.hf.format import HuggingFace
+from ckpt_tool.formats.hf.target_options import HfOptions
 from ckpt_tool.formats.registry import open_checkpoint
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalWriter
@@ -48,7 +48,7 @@ _BUDGET = Budget.share(1 << 20, 1)
 def convert(source: Path, target: Path, style: str, dtype: DType | None = None) -> None:
     target.mkdir()
     reader, checkpoint = open_checkpoint(source)
-    layout = HuggingFace().layout(checkpoint, TargetOptions(hf_layout=style, dtype=dtype))
+    layout = HuggingFace().layout(checkpoint, HfOptions(hf_layout=style, dtype=dtype))
     plan = make_plan(layout, checkpoint)
     writer = LocalWriter(target, fsync=False)
     execute(

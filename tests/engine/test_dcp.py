@@ -15,8 +15,9 @@ import pytest
 
 from ckpt_tool.families import family_of
 from ckpt_tool.families.autoep import to_autoep
-from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.registry import TARGETS, open_checkpoint
+from ckpt_tool.formats.deepspeed.facts.target_options import ZeroOptions
+from ckpt_tool.formats.deepspeed.writing.zero3_target import Zero3Target
+from ckpt_tool.formats.registry import open_checkpoint
 from tests.engine.fsdp_run import FsdpSpec, run_each
 from tests.formats.dcp_tools import (
     CHECKPOINTS,
@@ -214,7 +215,7 @@ def test_deepspeed_to_fsdp2_and_back(crossed: tuple[Path, dict[str, list[float]]
     reader, checkpoint = open_checkpoint(crossed[0] / "accelerate on")
     _, like = open_checkpoint(DEEPSPEED / template / "checkpoint")
     back = to_autoep(checkpoint, family_of(config))
-    layout = TARGETS["zero3"].layout(back, TargetOptions(like=like))
+    layout = Zero3Target().layout(back, ZeroOptions(like=like))
     write_layout(layout, back, reader, tmp_path / "back")
     spec = _deepspeed_spec(template)
     last = dataclasses.replace(spec, start_step=4, load=engine.Load(str(tmp_path / "back")))

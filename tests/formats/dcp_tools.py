@@ -13,8 +13,8 @@ from ckpt_tool.execute.budget import MIB, Budget
 from ckpt_tool.execute.gather import gather
 from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Silent
-from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.dcp.format import Dcp
+from ckpt_tool.formats.dcp.writing.target_options import DcpOptions
 from ckpt_tool.formats.registry import open_checkpoint
 from ckpt_tool.geometry import pieces
 from ckpt_tool.layout import Layout
@@ -88,7 +88,7 @@ def assert_equal_to_oracle(reader: Reader, checkpoint: Checkpoint, folder: Path)
 
 def write(checkpoint: Checkpoint, reader: Reader, target: Path, **options: Any) -> Layout:
     """Convert to DCP, files in the order of the layout."""
-    layout = Dcp().layout(checkpoint, TargetOptions(**options))
+    layout = Dcp().layout(checkpoint, DcpOptions(**options))
     write_layout(layout, checkpoint, reader, target)
     return layout
 

@@ -16,8 +16,8 @@ from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.gather import gather
 from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Silent
-from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.hf import HuggingFace
+from ckpt_tool.formats.hf.format import HuggingFace
+from ckpt_tool.formats.hf.target_options import HfOptions
 from ckpt_tool.formats.registry import open_checkpoint
 from ckpt_tool.geometry import pieces
 from ckpt_tool.layout import Layout
@@ -71,14 +71,14 @@ def experts(values: dict[str, torch.Tensor], layer: str, part: str = "weight") -
 def plan_for(path: Path, style: str = "hub", dtype: DType | None = None, **more: Any) -> Layout:
     reader, checkpoint = open_checkpoint(path)
     reader.close()
-    return HuggingFace().layout(checkpoint, TargetOptions(hf_layout=style, dtype=dtype, **more))
+    return HuggingFace().layout(checkpoint, HfOptions(hf_layout=style, dtype=dtype, **more))
 
 
 def convert(source: Path, target: Path, style: str = "hub", dtype: DType | None = None) -> Layout:
     """Write the model at ``source`` in another form."""
     reader, checkpoint = open_checkpoint(source)
     reader.close()
-    layout = HuggingFace().layout(checkpoint, TargetOptions(hf_layout=style, dtype=dtype))
+    layout = HuggingFace().layout(checkpoint, HfOptions(hf_layout=style, dtype=dtype))
     target.mkdir()
     execute(
         make_plan(layout, checkpoint),

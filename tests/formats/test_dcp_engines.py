@@ -20,8 +20,8 @@ from ckpt_tool.canonical import MASTER
 from ckpt_tool.errors import MismatchError, UsageError
 from ckpt_tool.families import family_of
 from ckpt_tool.families.autoep import to_autoep
-from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.dcp.format import Dcp
+from ckpt_tool.formats.dcp.writing.target_options import DcpOptions
 from ckpt_tool.formats.registry import open_checkpoint
 
 from .dcp_tools import CHECKPOINTS, FIXTURES, convert, read, states, whole
@@ -187,7 +187,7 @@ def test_a_torchtitan_name_without_a_rule_is_refused(tmp_path: Path) -> None:
 def test_scheduler_of_another_engine_is_left_out_and_said_so() -> None:
     name = "mixtral_odd_w4e2"
     _, checkpoint = open_checkpoint(DEEPSPEED / name / "checkpoint")
-    layout = Dcp().layout(checkpoint, TargetOptions(config=config_of(name)))
+    layout = Dcp().layout(checkpoint, DcpOptions(config=config_of(name)))
     assert any("scheduler's state is left out" in note for note in layout.notes)
 
 

@@ -14,8 +14,8 @@ from ckpt_tool.canonical import Checkpoint, DType, MoELayer
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.families import family_of
 from ckpt_tool.families.naming import to_hub
-from ckpt_tool.formats.base import TargetOptions
-from ckpt_tool.formats.hf import HuggingFace
+from ckpt_tool.formats.hf.format import HuggingFace
+from ckpt_tool.formats.hf.target_options import HfOptions
 from ckpt_tool.formats.registry import open_checkpoint
 from ckpt_tool.layout import Literal
 from tests.formats.hub_files import equal, noise, plan_for, read, write
@@ -151,7 +151,7 @@ def test_files_beside_the_model_are_carried_over_untouched(tmp_path: Path) -> No
     reader, checkpoint = open_checkpoint(sharded(tmp_path))
     reader.close()
     beside = {"tokenizer.json": b'{"a":  1}\r\n', "README.md": b"# card\n", "LICENSE": b""}
-    layout = HuggingFace().layout(checkpoint, TargetOptions(extra_files=beside, dtype=DType.float16))
+    layout = HuggingFace().layout(checkpoint, HfOptions(extra_files=beside, dtype=DType.float16))
     carried = {file.path: file for file in layout.files if file.path in beside}
     assert carried["tokenizer.json"].literals == (Literal(0, beside["tokenizer.json"]),)
     assert (carried["LICENSE"].size, carried["LICENSE"].literals) == (0, ())

@@ -6,10 +6,14 @@ import re
 
 from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.errors import UnreadableError
-from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.families.naming import HUB
+from ckpt_tool.families.roots import check_described
+from ckpt_tool.formats.base import Prepared, Request
 from ckpt_tool.formats.dcp.reading import reader as reading
 from ckpt_tool.formats.dcp.reading.directories import recognises
 from ckpt_tool.formats.dcp.writing.target import make_layout
+from ckpt_tool.formats.dcp.writing.target_options import DcpOptions
+from ckpt_tool.formats.preparing import Described, described, refuse_unreadable_parts, template
 from ckpt_tool.layout import Layout
 from ckpt_tool.storage import Reader
 
@@ -34,7 +38,30 @@ class Dcp:
             )
         return reading.read(reader, self.name)
 
-    def layout(self, checkpoint: Checkpoint, options: TargetOptions) -> Layout:
+    def prepare(self, request: Request) -> Prepared[DcpOptions]:
+        """Names are translated by the layout, in the style asked for; a config must describe the source."""
+        values = request.values
+        like = template(values["like"])
+        refuse_unreadable_parts(
+            request.checkpoint, states=not values["weights_only"], names=values["style"] is not None
+        )
+        source = Described(request.checkpoint, request.config)
+        if source.checkpoint.format != self.name:
+            source = described(source.checkpoint, source.config)
+        if source.config is not None and (source.checkpoint.dialect == HUB or request.config_given):
+            check_described(source.checkpoint, source.config)
+        options = DcpOptions(
+            dtype=request.dtype,
+            config=source.config,
+            world=values["world"],
+            ep=values["ep"],
+            like=like,
+            style=values["style"],
+            weights_only=values["weights_only"],
+        )
+        return Prepared(source.checkpoint, options, source.config, source.left_out)
+
+    def layout(self, checkpoint: Checkpoint, options: DcpOptions) -> Layout:
         """The files that a run of ``options.world`` ranks would have saved itself."""
         return make_layout(checkpoint, options)
 

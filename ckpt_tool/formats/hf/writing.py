@@ -13,16 +13,16 @@ from ckpt_tool.families import FUSED_FORM, HUB_FORM, Family, family_of
 from ckpt_tool.families.agreement import check_config
 from ckpt_tool.families.forms import compiled
 from ckpt_tool.families.naming import Entry, entries, to_hub, unpublishable
-from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.hf.files import INDEX, SINGLE
 from ckpt_tool.formats.hf.quantised import QUANTISATION_KEYS, refuse_unreadable
+from ckpt_tool.formats.hf.target_options import HfOptions
 from ckpt_tool.layout import Layout, Literal, Slot, TargetFile, left_out, text_file
 
 _NO_STATE = "a model file holds no optimizer state"
 Named = tuple[str, Slot]
 
 
-def layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
+def layout(checkpoint: Checkpoint, options: HfOptions) -> Layout:
     """The model's values (masters where there are any) in the form ``options.hf_layout``: ``hub``, as the
     family is published, or ``fused``, as transformers holds it in memory."""
     config = options.config if options.config is not None else checkpoint.model_config
@@ -63,7 +63,7 @@ def layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
 
 
 def _slots(
-    values: Sequence[Tensor], family: Family, options: TargetOptions, config: Mapping[str, Any]
+    values: Sequence[Tensor], family: Family, options: HfOptions, config: Mapping[str, Any]
 ) -> list[Named]:
     """(name, slot) of every tensor in the order of the model."""
     style = options.hf_layout or HUB_FORM

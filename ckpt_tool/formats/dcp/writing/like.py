@@ -11,7 +11,6 @@ from ckpt_tool.canonical import WEIGHT, Checkpoint, DType, Scalar, Tensor
 from ckpt_tool.containers.dcp_metadata import Path
 from ckpt_tool.containers.torch_zip import Inline
 from ckpt_tool.errors import MismatchError
-from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.dcp.contents import Held, holds_stored
 from ckpt_tool.formats.dcp.grammar.keys import Scheme
 from ckpt_tool.formats.dcp.reading.beside import carried_config, carry
@@ -25,6 +24,7 @@ from ckpt_tool.formats.dcp.writing.files import (
 )
 from ckpt_tool.formats.dcp.writing.names import Styled, styled
 from ckpt_tool.formats.dcp.writing.options import stated_options
+from ckpt_tool.formats.dcp.writing.target_options import DcpOptions
 from ckpt_tool.layout import Layout, LazyFiles, LeftOut, Maker, given
 from ckpt_tool.manifest import RESERVED
 
@@ -40,7 +40,7 @@ class _Meaning:
     state: str
 
 
-def like_layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
+def like_layout(checkpoint: Checkpoint, options: DcpOptions) -> Layout:
     """Every entry of the template in the chunks and files it has there.
 
     Raises:

@@ -17,7 +17,6 @@ from ckpt_tool.canonical import MASTER, WEIGHT, Checkpoint, DType, Role, Tensor
 from ckpt_tool.containers.dcp_metadata import Path
 from ckpt_tool.containers.torch_zip import torch_file
 from ckpt_tool.errors import UsageError
-from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.dcp.contents import Held
 from ckpt_tool.formats.dcp.grammar.experts import is_stacked
 from ckpt_tool.formats.dcp.grammar.grid import GridChunk, dense_grid, expert_grid
@@ -41,6 +40,7 @@ from ckpt_tool.formats.dcp.writing.files import (
 from ckpt_tool.formats.dcp.writing.like import like_layout
 from ckpt_tool.formats.dcp.writing.names import TITAN, Styled, dialect_of, styled
 from ckpt_tool.formats.dcp.writing.options import dropped_options, merged_groups, own_options
+from ckpt_tool.formats.dcp.writing.target_options import DcpOptions
 from ckpt_tool.formats.hf.writing import config_in, most_used
 from ckpt_tool.layout import Layout, LazyFiles, LeftOut, Maker, TargetFile, given, left_out, text_file
 
@@ -59,7 +59,7 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 
 
-def make_layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
+def make_layout(checkpoint: Checkpoint, options: DcpOptions) -> Layout:
     """The files of the target; raises UsageError where the options do not make sense together."""
     _check_options(checkpoint, options)
     if options.like is not None:
@@ -73,7 +73,7 @@ def make_layout(checkpoint: Checkpoint, options: TargetOptions) -> Layout:
     return builder.layout()
 
 
-def _check_options(checkpoint: Checkpoint, options: TargetOptions) -> None:
+def _check_options(checkpoint: Checkpoint, options: DcpOptions) -> None:
     if options.dtype is not None and not options.weights_only and _has_optimizer(checkpoint):
         raise UsageError(
             "FSDP2 trains from the fp32 parameters and casts them itself; with optimizer state --dtype "
@@ -91,7 +91,7 @@ def _check_options(checkpoint: Checkpoint, options: TargetOptions) -> None:
         raise UsageError(f"--style {options.style!r} is not one of {', '.join(SCHEMES)}.")
 
 
-def _scheme(checkpoint: Checkpoint, options: TargetOptions, ep: int) -> Scheme:
+def _scheme(checkpoint: Checkpoint, options: DcpOptions, ep: int) -> Scheme:
     """The style asked for; else the source's own, else plain."""
     hint = checkpoint.layout_hint
     own = hint.scheme if isinstance(hint, Hint) else SCHEMES["plain"]
@@ -101,7 +101,7 @@ def _scheme(checkpoint: Checkpoint, options: TargetOptions, ep: int) -> Scheme:
     return replace(scheme, flat=ep > 1) if scheme.style == VEOMNI else scheme
 
 
-def _dialect(checkpoint: Checkpoint, scheme: Scheme, options: TargetOptions) -> str:
+def _dialect(checkpoint: Checkpoint, scheme: Scheme, options: DcpOptions) -> str:
     """Whose names the target has. A DCP source keeps its own where the framework stays the same, and in
     a plain save of a torchtitan model."""
     hint = checkpoint.layout_hint
@@ -129,7 +129,7 @@ def _drop_optimizer(found: Styled, checkpoint: Checkpoint) -> None:
     found.groups.clear()
 
 
-def _topology(checkpoint: Checkpoint, options: TargetOptions) -> tuple[int, int]:
+def _topology(checkpoint: Checkpoint, options: DcpOptions) -> tuple[int, int]:
     world = options.world or checkpoint.topology.world_size or 1
     ep = options.ep
     if ep is None:
@@ -147,7 +147,7 @@ class _Builder:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        options: TargetOptions,
+        options: DcpOptions,
         scheme: Scheme,
         found: Styled,
         world: int,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.errors import UsageError
-from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.deepspeed.facts.target_options import ZeroOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Ranks:
         return range(own, self.world, self.ep)
 
 
-def target_ranks(checkpoint: Checkpoint, options: TargetOptions) -> Ranks:
+def target_ranks(checkpoint: Checkpoint, options: ZeroOptions) -> Ranks:
     """The topology asked for; what is not asked for stays as it was.
 
     Raises:

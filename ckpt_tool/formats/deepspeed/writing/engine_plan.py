@@ -19,11 +19,11 @@ from ckpt_tool.canonical import (
 )
 from ckpt_tool.containers.torch_zip import Constant
 from ckpt_tool.errors import MismatchError, UsageError
-from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.deepspeed.facts import groups
 from ckpt_tool.formats.deepspeed.facts.groups import SubGroup
 from ckpt_tool.formats.deepspeed.facts.names import expert_parameter
 from ckpt_tool.formats.deepspeed.facts.partition import partition_size
+from ckpt_tool.formats.deepspeed.facts.target_options import ZeroOptions
 from ckpt_tool.formats.deepspeed.facts.topology import Ranks
 from ckpt_tool.formats.deepspeed.reading.rank_files import SavedObjects
 from ckpt_tool.formats.deepspeed.writing.layer_entries import LayerEntries
@@ -40,7 +40,7 @@ _NO_STATE = (
 )
 
 
-def refuse_unsuitable(checkpoint: Checkpoint, options: TargetOptions) -> None:
+def refuse_unsuitable(checkpoint: Checkpoint, options: ZeroOptions) -> None:
     """Refuse what no DeepSpeed target can be made from.
 
     Raises:
@@ -75,7 +75,7 @@ class EnginePlan:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, saved: SavedObjects, ranks: Ranks, options: TargetOptions
+        self, checkpoint: Checkpoint, saved: SavedObjects, ranks: Ranks, options: ZeroOptions
     ) -> None:
         self.ranks, self.saved = ranks, saved
         self.checkpoint, self.options = checkpoint, options

@@ -15,14 +15,14 @@ from ckpt_tool.canonical import Checkpoint, DType, ExpertName, Role, Tensor
 from ckpt_tool.containers.pickle_records import TorchSize, map_containers, opaque
 from ckpt_tool.containers.torch_zip import Inline
 from ckpt_tool.errors import MismatchError, UsageError
-from ckpt_tool.formats.base import TargetOptions
 from ckpt_tool.formats.deepspeed.facts.names import AUTOEP_OF, expert_parameter
+from ckpt_tool.formats.deepspeed.facts.target_options import ZeroOptions
 from ckpt_tool.formats.deepspeed.reading.rank_files import ENGINE_KEYS, SavedObjects
 
 VERSION = "0.19.8"
 
 
-def saved_objects(checkpoint: Checkpoint, options: TargetOptions) -> SavedObjects:
+def saved_objects(checkpoint: Checkpoint, options: ZeroOptions) -> SavedObjects:
     """What the target's files are modelled on."""
     if options.like is not None:
         if options.like.topology.world_size is None:
@@ -41,7 +41,7 @@ def saved_objects(checkpoint: Checkpoint, options: TargetOptions) -> SavedObject
     return _made(checkpoint, options)
 
 
-def as_template_says(checkpoint: Checkpoint, options: TargetOptions) -> Checkpoint:
+def as_template_says(checkpoint: Checkpoint, options: ZeroOptions) -> Checkpoint:
     """The source with the second names that the template's parameters have, such as a router's ``gate``.
 
     Raises:
@@ -147,7 +147,7 @@ def _with_buffers(module: Mapping[str, Any], checkpoint: Checkpoint) -> OrderedD
     )
 
 
-def _made(checkpoint: Checkpoint, options: TargetOptions) -> SavedObjects:
+def _made(checkpoint: Checkpoint, options: ZeroOptions) -> SavedObjects:
     training = checkpoint.training
     if not checkpoint.module_names:
         raise UsageError(

@@ -33,9 +33,10 @@ from ckpt_tool.canonical import (
 from ckpt_tool.containers.pickle_records import Opaque
 from ckpt_tool.containers.torch_zip import torch_file
 from ckpt_tool.errors import UsageError
-from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.base import Prepared, Request
 from ckpt_tool.formats.deepspeed.facts.names import expert_parameter
 from ckpt_tool.formats.deepspeed.facts.scalars import saved_scalar
+from ckpt_tool.formats.deepspeed.facts.target_options import UniversalOptions
 from ckpt_tool.formats.deepspeed.reading.universal_source import (
     FORMAT,
     MODEL_FILES,
@@ -45,6 +46,7 @@ from ckpt_tool.formats.deepspeed.reading.universal_source import (
     read_universal,
 )
 from ckpt_tool.formats.deepspeed.writing.engine_plan import optimizer_state, shadowed_weights
+from ckpt_tool.formats.deepspeed.writing.preparing import prepare_universal
 from ckpt_tool.layout import Layout, TargetFile, text_file, whole
 from ckpt_tool.storage import Reader
 
@@ -80,7 +82,10 @@ class Universal:
 
     # ---- writing
 
-    def layout(self, checkpoint: Checkpoint, options: TargetOptions) -> Layout:
+    def prepare(self, request: Request) -> Prepared[UniversalOptions]:
+        return prepare_universal(request)
+
+    def layout(self, checkpoint: Checkpoint, options: UniversalOptions) -> Layout:
         """One directory per parameter below ``<tag>/zero``, and the three files the loaders ask for."""
         if options.dtype is not None:
             raise UsageError(
@@ -113,7 +118,7 @@ class Universal:
         files.append(text_file(_LATEST, tag))
         return Layout(tuple(files), left, _notes(checkpoint, options))
 
-    def _optimizer(self, checkpoint: Checkpoint, options: TargetOptions) -> dict[str, Any]:
+    def _optimizer(self, checkpoint: Checkpoint, options: UniversalOptions) -> dict[str, Any]:
         groups = checkpoint.training.param_groups
         count = len({tensor.name for tensor in checkpoint.tensors}) + len(groups)
         first = _scheduled(checkpoint)
@@ -205,7 +210,7 @@ def _model_state(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**state, **training.client_state}
 
 
-def _notes(checkpoint: Checkpoint, options: TargetOptions) -> tuple[str, ...]:
+def _notes(checkpoint: Checkpoint, options: UniversalOptions) -> tuple[str, ...]:
     notes = list(checkpoint.notes)
     training = checkpoint.training
     if all(tensor.state == WEIGHT for tensor in checkpoint.tensors):

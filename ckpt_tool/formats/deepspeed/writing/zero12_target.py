@@ -18,12 +18,14 @@ from ckpt_tool.canonical import MASTER, Checkpoint, DType, ExpertName, Role, Ten
 from ckpt_tool.containers.pickle_records import opaque
 from ckpt_tool.containers.torch_zip import Flat, torch_file
 from ckpt_tool.errors import UsageError
-from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.base import Prepared, Request
 from ckpt_tool.formats.deepspeed.facts.flat_groups import FlatGroup
 from ckpt_tool.formats.deepspeed.facts.groups import SubGroup
 from ckpt_tool.formats.deepspeed.facts.scalars import saved_scalar
+from ckpt_tool.formats.deepspeed.facts.target_options import ZeroOptions
 from ckpt_tool.formats.deepspeed.facts.topology import target_ranks
 from ckpt_tool.formats.deepspeed.writing.engine_plan import EnginePlan, notes, refuse_unsuitable
+from ckpt_tool.formats.deepspeed.writing.preparing import prepare_zero
 from ckpt_tool.formats.deepspeed.writing.saved_objects import (
     as_template_says,
     compute_dtype,
@@ -42,7 +44,10 @@ class Zero12Target:
         self._stage = stage
         self.name = f"deepspeed-zero{stage}"
 
-    def layout(self, checkpoint: Checkpoint, options: TargetOptions) -> Layout:
+    def prepare(self, request: Request) -> Prepared[ZeroOptions]:
+        return prepare_zero(request)
+
+    def layout(self, checkpoint: Checkpoint, options: ZeroOptions) -> Layout:
         """The model file, one file per expert, one optimizer file per rank, and ``latest``."""
         refuse_unsuitable(checkpoint, options)
         checkpoint = as_template_says(checkpoint, options)

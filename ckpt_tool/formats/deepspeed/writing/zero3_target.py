@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import MASTER, Checkpoint, DType, ExpertName, Scalar, Tensor
 from ckpt_tool.containers.torch_zip import Constant, Flat, TorchFiles
-from ckpt_tool.formats.base import TargetOptions
+from ckpt_tool.formats.base import Prepared, Request
 from ckpt_tool.formats.deepspeed.facts.groups import SubGroup
 from ckpt_tool.formats.deepspeed.facts.partition import partition_size
 from ckpt_tool.formats.deepspeed.facts.scalars import saved_scalar
+from ckpt_tool.formats.deepspeed.facts.target_options import ZeroOptions
 from ckpt_tool.formats.deepspeed.facts.topology import target_ranks
 from ckpt_tool.formats.deepspeed.writing.engine_plan import EnginePlan, notes, refuse_unsuitable
+from ckpt_tool.formats.deepspeed.writing.preparing import prepare_zero
 from ckpt_tool.formats.deepspeed.writing.saved_objects import as_template_says, saved_objects, shape_type
 from ckpt_tool.layout import Layout, LazyFiles, Slot, TargetFile, text_file
 
@@ -34,7 +36,10 @@ class Zero3Target:
 
     name = "deepspeed-zero3"
 
-    def layout(self, checkpoint: Checkpoint, options: TargetOptions) -> Layout:
+    def prepare(self, request: Request) -> Prepared[ZeroOptions]:
+        return prepare_zero(request)
+
+    def layout(self, checkpoint: Checkpoint, options: ZeroOptions) -> Layout:
         """All ranks' files below the source's tag, and ``latest``."""
         refuse_unsuitable(checkpoint, options)
         checkpoint = as_template_says(checkpoint, options)

@@ -1,0 +1,49 @@
+"""What a format says of itself before it is used: names, options, and where its code is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ckpt_tool.formats.options import Option
+
+if TYPE_CHECKING:
+    from ckpt_tool.formats.base import SourceFormat, TargetFormat
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """How a format is written.
+
+    ``to`` is what ``--to`` calls it. ``options`` are all that it takes beside those of every conversion.
+    ``resharded``: a checkpoint of it is of a number of ranks, and can be written for another.
+    ``published``: it is a model as it is published, config.json and tokenizer included.
+    ``load`` imports the code.
+    """
+
+    to: str
+    load: Callable[[], TargetFormat[Any]]
+    options: tuple[Option, ...] = ()
+    resharded: bool = False
+    published: bool = False
+
+    def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Each option by name with the value given, or its default where that is None or missing."""
+        values = {}
+        for option in self.options:
+            value = given.get(option.name)
+            values[option.name] = option.default if value is None else value
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format as ``formats.known`` lists it; ``name`` is what ``inspect`` calls it.
+
+    ``load`` imports the code that reads it; None where it is not read, or by another format's code.
+    """
+
+    name: str
+    load: Callable[[], SourceFormat] | None = None
+    target: Target | None = None

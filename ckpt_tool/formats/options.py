@@ -1,0 +1,81 @@
+"""Options that a target format declares; the command line and the API's checks are made from them.
+
+Nothing heavy is imported here: ``convert --help`` reads the declarations of all formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class Size(int):
+    """A number of bytes, which the command line takes as 512MiB, 2GB or 1000000."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option of a target format.
+
+    ``name`` is the keyword of ``api.convert``; ``flags`` are those of the command line, of which messages
+    name the first. ``kind`` is what a value is; an option that is a bool is a flag without a value.
+    ``minimum`` bounds an int. A value of None or False, and the default, count as not given.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    kind: type[int] | type[str] | type[bool] | type[Path] | type[Size]
+    help: str
+    default: Any = None
+    metavar: str | None = None
+    minimum: int | None = None
+
+    @property
+    def flag(self) -> str:
+        return self.flags[0]
+
+    def is_given(self, value: object) -> bool:
+        return value is not None and value is not False and value != self.default
+
+
+# Of every format with ranks.
+EP = Option("ep", ("--ep", "--ep-size"), int, "Expert-parallel size of the target run.", minimum=1)
+WORLD = Option("world", ("--world", "--world-size"), int, "Number of ranks of the target run.", minimum=1)
+LIKE = Option(
+    "like", ("--like",), Path, "A checkpoint the target run saved itself: its layout, with these values."
+)
+# Of every format with optimizer state.
+WEIGHTS_ONLY = Option("weights_only", ("--weights-only",), bool, "Leave optimizer state out.", False)
+
+# What every record of a conversion names, in this order, whether the target takes it or not: a run that an
+# earlier version began is gone on with. A format's further options follow.
+_ALWAYS_RECORDED = ("max_shard_bytes", "keep_groups", "ep", "world", "style", "hf_layout", "weights_only")
+
+
+def united(options: Iterable[Option]) -> tuple[Option, ...]:
+    """Each option once.
+
+    Raises:
+        ValueError: two formats declare options of one name or flag that differ.
+    """
+    found: dict[str, Option] = {}
+    flags: dict[str, Option] = {}
+    for option in options:
+        if found.setdefault(option.name, option) != option:
+            raise ValueError(f"two formats declare the option {option.name}, and not alike")
+        for flag in option.flags:
+            if flags.setdefault(flag, option) != option:
+                raise ValueError(f"two options of formats are called {flag}")
+    return tuple(found.values())
+
+
+def recorded(
+    own: Iterable[Option], everywhere: Iterable[Option], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the manifest tells of the options of a conversion: values or defaults, no paths."""
+    known = {option.name: option for option in (*everywhere, *own)}
+    further = [option.name for option in own if option.name not in _ALWAYS_RECORDED]
+    names = [name for name in (*_ALWAYS_RECORDED, *further) if name in known]
+    return {name: values.get(name, known[name].default) for name in names if known[name].kind is not Path}
