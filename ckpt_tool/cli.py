@@ -160,7 +160,7 @@ def inspect(
     if expert_rows is not None:
         report.print_table(*inspection.expert_table(expert_rows), right={"layer", "expert"})
     for message in copies:
-        typer.echo(message)
+        report.show(message)
     if check and not copies:
         typer.echo("No two experts of a layer are equal.")
     if copies:
@@ -353,7 +353,7 @@ def doctor(
         report.print_json(as_json(diagnosis))
     else:
         for line in as_lines(diagnosis, quiet=quiet):
-            typer.echo(line)
+            report.show(line)
     if not diagnosis.healthy:
         raise typer.Exit(1)
 
@@ -509,7 +509,7 @@ def _print_verdict(verdict: Verdict, *, compared: bool, json: bool, quiet: bool)
         for note in verdict.notes:
             report.say(f"note: {note}")
     for difference in verdict.differences[:_SHOWN]:
-        typer.echo(f"{difference.kind}: {difference.message}")
+        report.show(f"{difference.kind}: {difference.message}")
     if len(verdict.differences) > _SHOWN:
         typer.echo(f"and {len(verdict.differences) - _SHOWN} more (--json lists all)")
     size = report.human_bytes(verdict.bytes_compared)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ckpt_tool.printable import printable
+
 
 class CkptToolError(Exception):
-    """Something a user can act on. The message says what, where, and what to do."""
+    """Something a user can act on. The message says what, where, and what to do. Names from a file are in
+    it as they are safe to print."""
 
     exit_code = 4
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UsageError(CkptToolError):

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ckpt_tool.printable import printable
+
 _PERIOD = 10.0  # seconds between lines where there is no terminal
 
 
@@ -98,6 +100,7 @@ def print_json(value: Any) -> None:
 
 def print_fields(title: str, fields: list[tuple[str, str]]) -> None:
     """A titled two-column list."""
+    title, fields = printable(title), [(name, printable(value)) for name, value in fields]
     if not sys.stdout.isatty():
         _print_plain(title, [[name, value] for name, value in fields], set())
         return
@@ -115,6 +118,7 @@ def print_fields(title: str, fields: list[tuple[str, str]]) -> None:
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], *, right: set[str]) -> None:
     """A table; columns in ``right`` are aligned to the right."""
+    title, rows = printable(title), [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         _print_plain(title, [columns, *rows], {i for i, name in enumerate(columns) if name in right})
         return
@@ -146,7 +150,12 @@ def _print_plain(title: str, lines: list[list[str]], right: set[int]) -> None:
 def say(message: str) -> None:
     """A sentence for the user, beside the results: on stderr. No run fails because nobody can read it."""
     with contextlib.suppress(OSError):
-        print(message, file=sys.stderr, flush=True)  # noqa: T201
+        print(printable(message), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def show(line: str) -> None:
+    """A line of the result, on stdout."""
+    print(printable(line))  # noqa: T201
 
 
 def discard_stdout() -> None:
