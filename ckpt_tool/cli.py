@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,9 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ckpt_tool import __version__
+from ckpt_tool.cli_options import (
+    Config,
+    Destination,
+    Given,
+    Json,
+    Quiet,
+    Reading,
+    Source,
+    Writing,
+    spread,
+)
+from ckpt_tool.formats.known import all_options, published_target, targets
+from ckpt_tool.formats.options import EP, LIKE, WEIGHTS_ONLY, WORLD
 
 if TYPE_CHECKING:
-    from ckpt_tool.api import Execution, Result
+    from ckpt_tool.api import Result
     from ckpt_tool.comparison import Verdict
     from ckpt_tool.report import Progress
 
@@ -32,65 +44,8 @@ app = typer.Typer(
     help="Convert, re-shard, consolidate and inspect Mixture-of-Experts checkpoints in bounded memory.",
 )
 
-# `readable=False`: typer does not look, so that what it would find is told as everything else is.
-Source = Annotated[
-    Path,
-    typer.Argument(
-        readable=False, help="A checkpoint: its tag directory, the parent with a `latest` file, or a file."
-    ),
-]
-Destination = Annotated[Path, typer.Argument(readable=False, help="The new directory.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
-MaxMemory = Annotated[
-    str,
-    typer.Option("--max-memory", metavar="SIZE", help="Bytes all buffers may hold together: 512MiB, 2GB."),
-]
-Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Threads. Default: two per core, at most 8.")
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Plan and check everything, print totals, write nothing.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the destination if it exists.")]
-NoFsync = Annotated[bool, typer.Option("--no-fsync", help="Do not wait for the disk before publishing.")]
-VerifyResult = Annotated[
-    bool,
-    typer.Option("--verify", help="Compare the result with the source, bit for bit, before publishing it."),
-]
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        readable=False,
-        help="The model's config.json, or the directory with it, whose tokenizer is carried over, too.",
-    ),
-]
-HfLayout = Annotated[
-    str | None,
-    typer.Option(
-        "--hf-layout", help="hub (as published, the default) or fused (as transformers holds it)."
-    ),
-]
-ShardSize = Annotated[
-    str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest safetensors file.")
-]
-Ep = Annotated[
-    int | None, typer.Option("--ep", "--ep-size", min=1, help="Expert-parallel size of the target run.")
-]
-World = Annotated[
-    int | None, typer.Option("--world", "--world-size", min=1, help="Number of ranks of the target run.")
-]
-Like = Annotated[
-    Path | None,
-    typer.Option(
-        "--like",
-        readable=False,
-        help="A checkpoint the target run saved itself: its layout, with these values.",
-    ),
-]
-WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="Leave optimizer state out.")]
-_MEMORY = "1GiB"
+*_FIRST, _LAST = targets()
+_TARGETS = f"{', '.join(_FIRST)} or {_LAST}."
 _SHOWN = 20  # differences printed
 
 
@@ -104,8 +59,10 @@ def root(
 
 
 @app.command()
+@spread()
 def inspect(
     src: Source,
+    *,
     tensors: Annotated[
         str | None,
         typer.Option(
@@ -123,9 +80,7 @@ def inspect(
         bool,
         typer.Option("--check", help="Hash the experts and name those that are copies: a part of doctor."),
     ] = False,
-    max_memory: MaxMemory = _MEMORY,
-    workers: Workers = None,
-    json: Json = False,
+    run: Reading,
 ) -> None:
     """Say what a checkpoint is: format, topology, sizes, experts, states. Reads metadata only."""
     from ckpt_tool import api, inspection, report
@@ -141,10 +96,10 @@ def inspect(
         )
     copies: list[str] = []
     if check:
-        with _progress("check", json) as progress:
-            how = _execution(max_memory, workers, True, False, progress)
+        with _progress("check", run.json) as progress:
+            how = run.execution(progress)
             copies = [found.message() for found in api.find_copied_experts(src, config=config, how=how)]
-    if json:
+    if run.json:
         extra: dict[str, Any] = {}
         if tensor_rows is not None:
             extra["tensors"] = tensor_rows
@@ -168,188 +123,121 @@ def inspect(
 
 
 @app.command()
+@spread(*all_options())
 def convert(
     src: Source,
     dst: Destination,
-    to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="universal, zero3, zero2, zero1, dcp or hf.")
-    ],
-    ep: Ep = None,
-    world: World = None,
-    like: Like = None,
-    weights_only: WeightsOnly = False,
-    ds_config: Annotated[
-        Path | None,
-        typer.Option(
-            "--ds-config", readable=False, help="A DeepSpeed config, for what the source does not say."
-        ),
-    ] = None,
-    style: Annotated[
-        str | None,
-        typer.Option("--style", help="dcp: torchtitan, accelerate, transformers, veomni or plain."),
-    ] = None,
-    hf_layout: HfLayout = None,
+    *,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=_TARGETS)],
+    given: Given,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="DTYPE", help="keep, fp32, bf16 or fp16 (weights only).")
     ] = "keep",
     config: Config = None,
-    max_shard_size: ShardSize = "5GB",
-    keep_groups: Annotated[
-        bool,
-        typer.Option("--keep-groups", help="Universal: write the source's lr, decay, ... instead of none."),
-    ] = False,
-    verify: VerifyResult = False,
-    max_memory: MaxMemory = _MEMORY,
-    workers: Workers = None,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    no_fsync: NoFsync = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    run: Writing,
 ) -> None:
     """Write a checkpoint in another format."""
     from ckpt_tool import api
 
-    with _progress("convert", quiet or json) as progress:
+    with _progress("convert", run.quiet or run.json) as progress:
         result = api.convert(
             src,
             dst,
             to=to,
-            ep=ep,
-            world=world,
-            like=like,
-            style=style,
-            hf_layout=hf_layout,
-            weights_only=weights_only,
-            ds_config=ds_config,
             dtype=dtype,
             config=config,
-            max_shard_bytes=parse_size(max_shard_size),
-            keep_groups=keep_groups,
-            verify=verify,
-            dry_run=dry_run,
-            how=_execution(max_memory, workers, no_fsync, overwrite, progress),
+            verify=run.verify,
+            dry_run=run.dry_run,
+            how=run.execution(progress),
+            **given,
         )
         progress.close()
-        _print_result(result, dry_run=dry_run, json=json, quiet=quiet)
+        _print_result(result, run)
 
 
 @app.command()
-def reshard(
-    src: Source,
-    dst: Destination,
-    ep: Ep = None,
-    world: World = None,
-    like: Like = None,
-    weights_only: WeightsOnly = False,
-    verify: VerifyResult = False,
-    max_memory: MaxMemory = _MEMORY,
-    workers: Workers = None,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    no_fsync: NoFsync = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@spread(EP, WORLD, LIKE, WEIGHTS_ONLY)
+def reshard(src: Source, dst: Destination, given: Given, run: Writing) -> None:
     """Write a checkpoint in its own format for another EP size or number of ranks; it resumes exactly."""
     from ckpt_tool import api
 
-    with _progress("reshard", quiet or json) as progress:
+    with _progress("reshard", run.quiet or run.json) as progress:
         result = api.reshard(
-            src,
-            dst,
-            ep=ep,
-            world=world,
-            like=like,
-            weights_only=weights_only,
-            verify=verify,
-            dry_run=dry_run,
-            how=_execution(max_memory, workers, no_fsync, overwrite, progress),
+            src, dst, verify=run.verify, dry_run=run.dry_run, how=run.execution(progress), **given
         )
         progress.close()
-        _print_result(result, dry_run=dry_run, json=json, quiet=quiet)
+        _print_result(result, run)
 
 
 @app.command()
+@spread(*published_target().options)
 def consolidate(
     src: Source,
     dst: Destination,
+    *,
     config: Config = None,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="DTYPE", help="fp32, bf16, fp16, or keep.")
     ] = "fp32",
-    hf_layout: HfLayout = None,
-    max_shard_size: ShardSize = "5GB",
-    verify: VerifyResult = False,
-    max_memory: MaxMemory = _MEMORY,
-    workers: Workers = None,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    no_fsync: NoFsync = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    given: Given,
+    run: Writing,
 ) -> None:
     """Write Hugging Face safetensors for `from_pretrained`: fp32 from the masters by default."""
     from ckpt_tool import api
 
-    with _progress("consolidate", quiet or json) as progress:
+    with _progress("consolidate", run.quiet or run.json) as progress:
         result = api.consolidate(
             src,
             dst,
             dtype=dtype,
-            hf_layout=hf_layout,
             config=config,
-            max_shard_bytes=parse_size(max_shard_size),
-            verify=verify,
-            dry_run=dry_run,
-            how=_execution(max_memory, workers, no_fsync, overwrite, progress),
+            verify=run.verify,
+            dry_run=run.dry_run,
+            how=run.execution(progress),
+            **given,
         )
         progress.close()
-        _print_result(result, dry_run=dry_run, json=json, quiet=quiet)
+        _print_result(result, run)
 
 
 @app.command()
+@spread()
 def verify(
     a: Source,
     b: Annotated[
         Path | None, typer.Argument(readable=False, help="A second checkpoint to compare with.")
     ] = None,
     config: Config = None,
-    max_memory: MaxMemory = _MEMORY,
-    workers: Workers = None,
-    json: Json = False,
+    *,
+    run: Reading,
     quiet: Quiet = False,
 ) -> None:
     """One checkpoint: coverage and checksums. Two: equal bit for bit, whatever their formats."""
     from ckpt_tool import api
 
-    with _progress("verify", quiet or json) as progress:
-        verdict = api.verify(
-            a, b, config=config, how=_execution(max_memory, workers, True, False, progress)
-        )
-    _print_verdict(verdict, compared=b is not None, json=json, quiet=quiet)
+    with _progress("verify", quiet or run.json) as progress:
+        verdict = api.verify(a, b, config=config, how=run.execution(progress))
+    _print_verdict(verdict, compared=b is not None, json=run.json, quiet=quiet)
     if not verdict.passed:
         raise typer.Exit(1)
 
 
 @app.command()
+@spread()
 def doctor(
     src: Source,
     config: Config = None,
-    max_memory: MaxMemory = _MEMORY,
-    workers: Workers = None,
-    json: Json = False,
+    *,
+    run: Reading,
     quiet: Quiet = False,
 ) -> None:
     """Say what is wrong with a checkpoint: files, metadata and every value, which are read once."""
     from ckpt_tool import api, report
     from ckpt_tool.diagnosis.shown import as_json, as_lines
 
-    with _progress("doctor", quiet or json) as progress:
-        diagnosis = api.doctor(
-            src, config=config, how=_execution(max_memory, workers, True, False, progress)
-        )
-    if json:
+    with _progress("doctor", quiet or run.json) as progress:
+        diagnosis = api.doctor(src, config=config, how=run.execution(progress))
+    if run.json:
         report.print_json(as_json(diagnosis))
     else:
         for line in as_lines(diagnosis, quiet=quiet):
@@ -397,42 +285,22 @@ def demo(
 # ---- shared by the commands
 
 
-def parse_size(text: str) -> int:
-    """``1GiB``, ``512MiB``, ``5GB``, ``1000000`` -> bytes."""
-    from ckpt_tool.errors import UsageError
-
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise UsageError(f"{text!r} is not a size. Write it like 512MiB, 2GB or 1000000.")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
-
-
 def _progress(label: str, quiet: bool) -> Progress:
     from ckpt_tool.report import Progress
 
     return Progress(label, quiet=quiet, resumable=label not in ("check", "doctor", "verify"))
 
 
-def _execution(
-    max_memory: str, workers: int | None, no_fsync: bool, overwrite: bool, progress: Progress
-) -> Execution:
-    from ckpt_tool.api import Execution
-
-    memory = parse_size(max_memory)
-    return Execution(memory, workers, not no_fsync, overwrite, progress, progress.published)
-
-
-def _print_result(result: Result, *, dry_run: bool, json: bool, quiet: bool) -> None:
+def _print_result(result: Result, run: Writing) -> None:
     from ckpt_tool import report
 
-    if json:
+    if run.json:
         report.print_json(
             {
                 "source": result.source,
                 "source_format": result.source_format,
                 "target": result.target,
-                "dry_run": dry_run,
+                "dry_run": run.dry_run,
                 "bytes_read": result.bytes_read,
                 "bytes_written": result.bytes_written,
                 "files": result.files,
@@ -455,7 +323,7 @@ def _print_result(result: Result, *, dry_run: bool, json: bool, quiet: bool) -> 
         ("written", report.human_bytes(result.bytes_written)),
         ("buffers", f"{report.human_bytes(result.peak_memory_bytes)} at most"),
     ]
-    if dry_run:
+    if run.dry_run:
         fields.append(("disk", f"{report.human_bytes(result.disk_bytes)} needed"))
     if result.checked_bytes or result.unchecked_bytes:
         fields.append(("checked", _checked(result)))
@@ -473,8 +341,8 @@ def _print_result(result: Result, *, dry_run: bool, json: bool, quiet: bool) -> 
                 f"equal {'after rounding' if result.casts else 'bit for bit'}",
             )
         )
-    report.print_fields("Plan (nothing was written)" if dry_run else "Done", fields)
-    if not quiet:
+    report.print_fields("Plan (nothing was written)" if run.dry_run else "Done", fields)
+    if not run.quiet:
         for note in result.notes + (result.verdict.notes if result.verdict else ()):
             report.say(f"note: {note}")
 

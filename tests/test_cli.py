@@ -17,7 +17,7 @@ import torch
 import typer.main
 from safetensors.torch import load_file
 
-from ckpt_tool import __version__, api, cli, inspection
+from ckpt_tool import __version__, api, cli, cli_options, inspection
 from ckpt_tool.errors import UsageError
 from tests.conftest import ZERO3, Finished, checkpoint_of, child_env, config_of, copy_fixture, run_cli, tree
 from tests.formats.dcp_tools import CHECKPOINTS as DCP_CHECKPOINTS
@@ -575,7 +575,7 @@ def test_consolidate_takes_config_and_tokenizer_from_a_directory(run: Runner, tm
     ],
 )
 def test_sizes(text: str, expected: int) -> None:
-    assert cli.parse_size(text) == expected
+    assert cli_options.parse_size(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -583,7 +583,7 @@ def test_sizes(text: str, expected: int) -> None:
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="size"):
-        cli.parse_size(text)
+        cli_options.parse_size(text)
 
 
 # ---- demo

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckpt_tool.formats.options import Option
 
@@ -12,8 +11,7 @@ if TYPE_CHECKING:
     from ckpt_tool.formats.base import SourceFormat, TargetFormat
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """How a format is written.
 
     ``to`` is what ``--to`` calls it. ``options`` are all that it takes beside those of every conversion.
@@ -37,8 +35,7 @@ class Target:
         return values
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
+class Format(NamedTuple):
     """A format as ``formats.known`` lists it; ``name`` is what ``inspect`` calls it.
 
     ``load`` imports the code that reads it; None where it is not read, or by another format's code.

@@ -6,17 +6,15 @@ Nothing heavy is imported here: ``convert --help`` reads the declarations of all
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Size(int):
     """A number of bytes, which the command line takes as 512MiB, 2GB or 1000000."""
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(NamedTuple):
     """One option of a target format.
 
     ``name`` is the keyword of ``api.convert``; ``flags`` are those of the command line, of which messages

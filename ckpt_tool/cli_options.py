@@ -1,0 +1,190 @@
+"""Options that several commands share, and those that formats declare, as typer reads them.
+
+A command takes a group of options as one parameter, whose type is a named tuple of this module, and the
+options of formats as ``given: Given``; ``spread`` shows typer each option by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
+
+import typer
+
+from ckpt_tool.formats.options import Option, Size
+
+if TYPE_CHECKING:
+    from ckpt_tool.api import Execution
+    from ckpt_tool.report import Progress
+
+# `readable=False`: typer does not look, so that what it would find is told as everything else is.
+Source = Annotated[
+    Path,
+    typer.Argument(
+        readable=False, help="A checkpoint: its tag directory, the parent with a `latest` file, or a file."
+    ),
+]
+Destination = Annotated[Path, typer.Argument(readable=False, help="The new directory.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+MaxMemory = Annotated[
+    str,
+    typer.Option("--max-memory", metavar="SIZE", help="Bytes all buffers may hold together: 512MiB, 2GB."),
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Threads. Default: two per core, at most 8.")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        readable=False,
+        help="The model's config.json, or the directory with it, whose tokenizer is carried over, too.",
+    ),
+]
+_MEMORY = "1GiB"
+
+
+class Reading(NamedTuple):
+    """Options of the commands that read values and write none."""
+
+    max_memory: MaxMemory = _MEMORY
+    workers: Workers = None
+    json: Json = False
+
+    def execution(self, progress: Progress) -> Execution:
+        from ckpt_tool.api import Execution
+
+        return Execution(parse_size(self.max_memory), self.workers, meter=progress)
+
+
+class Writing(NamedTuple):
+    """Options of the commands that write a checkpoint."""
+
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Compare the result with the source, bit for bit, before publishing it."
+        ),
+    ] = False
+    max_memory: MaxMemory = _MEMORY
+    workers: Workers = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan and check everything, print totals, write nothing.")
+    ] = False
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the destination if it exists.")
+    ] = False
+    no_fsync: Annotated[
+        bool, typer.Option("--no-fsync", help="Do not wait for the disk before publishing.")
+    ] = False
+    json: Json = False
+    quiet: Quiet = False
+
+    def execution(self, progress: Progress) -> Execution:
+        from ckpt_tool.api import Execution
+
+        memory = parse_size(self.max_memory)
+        return Execution(
+            memory, self.workers, not self.no_fsync, self.overwrite, progress, progress.published
+        )
+
+
+class Given(dict[str, Any]):
+    """The options that formats declare, by name, with the values of this call."""
+
+
+def spread(*declared: Option) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function that takes groups of options, and ``declared`` ones as ``Given``."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        shown: list[inspect.Parameter] = []
+        groups: dict[str, Callable[[dict[str, Any]], Any]] = {}
+        for parameter in inspect.signature(command).parameters.values():
+            kind = hints[parameter.name]
+            if kind is Given:
+                shown += map(_parameter, declared)
+                groups[parameter.name] = functools.partial(_given, declared)
+            elif kind in (Reading, Writing):
+                shown += _members(kind)
+                groups[parameter.name] = functools.partial(_group, kind)
+            else:
+                shown.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+
+        def called(**values: Any) -> None:
+            gathered = {name: gather(values) for name, gather in groups.items()}
+            command(**values, **gathered)
+
+        called.__name__, called.__doc__ = command.__name__, command.__doc__
+        called.__annotations__ = {one.name: one.annotation for one in shown}
+        called.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        return called
+
+    return decorate
+
+
+def _group(kind: type[Reading | Writing], values: dict[str, Any]) -> Reading | Writing:
+    """A group of the options in ``values``, which are taken out."""
+    return kind(**{name: values.pop(name) for name in kind._fields})
+
+
+def _given(declared: Iterable[Option], values: dict[str, Any]) -> Given:
+    """The declared options in ``values``, which are taken out."""
+    found = Given()
+    for option in declared:
+        value = values.pop(option.name)
+        found[option.name] = parse_size(value) if option.kind is Size else value
+    return found
+
+
+def _members(kind: type[Reading | Writing]) -> list[inspect.Parameter]:
+    """The options of a group as typer reads them."""
+    hints = get_type_hints(kind, include_extras=True)
+    only = inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter(name, only, default=kind._field_defaults[name], annotation=hints[name])
+        for name in kind._fields
+    ]
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    """A declared option as typer reads it."""
+    kind: Any = str if option.kind is Size else option.kind
+    default = size_text(option.default) if option.kind is Size else option.default
+    about = typer.Option(
+        *option.flags, help=option.help, metavar=option.metavar, min=option.minimum, readable=False
+    )
+    if default is None:
+        kind = kind | None
+    return inspect.Parameter(
+        option.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, about],
+    )
+
+
+def parse_size(text: str) -> int:
+    """``1GiB``, ``512MiB``, ``5GB``, ``1000000`` -> bytes."""
+    from ckpt_tool.errors import UsageError
+
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{text!r} is not a size. Write it like 512MiB, 2GB or 1000000.")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
+
+
+def size_text(nbytes: int | None) -> str | None:
+    """5000000000 -> ``5GB``: the shortest text that ``parse_size`` reads as this number."""
+    if nbytes is None:
+        return None
+    for power in (4, 3, 2, 1):
+        if nbytes and nbytes % 1000**power == 0:
+            return f"{nbytes // 1000**power}{' kMGT'[power]}B"
+    return str(nbytes)
