@@ -28,8 +28,12 @@ def in_parallel(
     failures: list[BaseException] = []
     # Not Thread.join: interrupted, it takes a running thread for stopped (bpo-45274, Python < 3.13).
     ended = [threading.Event() for _ in range(threads)]
+    # Taken by a thread that begins, or here where an interrupt may have come before its start.
+    claims = [threading.Lock() for _ in range(threads)]
 
     def run(number: int) -> None:
+        if not claims[number].acquire(blocking=False):
+            return
         try:
             worker = make_worker()
             while not stop.is_set():
@@ -55,13 +59,11 @@ def in_parallel(
                 while not event.wait(0.1):  # with a timeout, so that Ctrl-C is noticed
                     pass
             break
-        except KeyboardInterrupt as error:
+        except BaseException as error:  # an interrupt, or a thread that could not be started
             interrupt = interrupt or error
             stop.set()
-        except BaseException as error:  # a thread that could not be started
-            ended[started - 1].set()
-            interrupt = interrupt or error
-            stop.set()
+            if started and claims[started - 1].acquire(blocking=False):
+                ended[started - 1].set()
     if interrupt is not None:
         raise interrupt
     if failures:

@@ -571,3 +571,36 @@ def test_falsy_items_are_items() -> None:
     done: list[Any] = []
     in_parallel(iter([0, "", (), False]), lambda: None, lambda worker, item: done.append(item), 1)
     assert done == [0, "", (), False]
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["after a thread began", "before a thread began"])
+def test_an_interrupt_while_threads_are_started_ends_all(
+    monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    start = threading.Thread.start
+    workers: list[threading.Thread] = []
+
+    def interrupted(thread: threading.Thread) -> None:
+        workers.append(thread)
+        if len(workers) < 2 or begun:
+            start(thread)
+        if len(workers) == 2:
+            raise KeyboardInterrupt
+
+    def call() -> None:
+        try:
+            in_parallel(iter(range(1, 10**9)), lambda: None, lambda worker, item: None, 3)
+        except KeyboardInterrupt:
+            raised.append(True)
+
+    raised: list[bool] = []
+    caller = threading.Thread(target=call, daemon=True)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    start(caller)
+    caller.join(10)
+    assert raised == [True]
+    monkeypatch.undo()
+    for worker in workers:
+        if worker.ident is not None:
+            worker.join(10)
+    assert not any(worker.is_alive() for worker in workers)
