@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,3 +84,58 @@ def test_every_folder_of_the_package_says_what_it_is_for() -> None:
         if not ast.get_docstring(ast.parse(path.read_text())) and path.stat().st_size
     ]
     assert not silent
+
+
+# ---- formats are known in their folders alone
+
+# What every conversion goes through, whatever the formats.
+COMMON = ("api.py", "conversion.py", "cli.py", "cli_options.py", "plan.py", "commit.py")
+FOLDERS = {path.name for path in (PACKAGE / "formats").iterdir() if path.is_dir()} - {"__pycache__"}
+OF_FORMATS = re.compile(
+    "|".join({*FOLDERS, "universal", "zero_?[0-3]", "torch-", "hugging", "safetensors"}), re.IGNORECASE
+)
+# Options that the typed API names, and words of the commands' help.
+ALLOWED = {"hf_layout"}
+
+
+def knowledge(source: str) -> set[str]:
+    """Imports, names and strings that speak of a format; docstrings may."""
+    tree = ast.parse(source)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            found.add(node.value)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.ImportFrom):
+            found.update((node.module or "", *(name.name for name in node.names)))
+    return {word for word in found - ALLOWED if OF_FORMATS.search(word)}
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_what_all_formats_share_knows_none(name: str) -> None:
+    assert knowledge((PACKAGE / name).read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'if to == "dcp": pass',
+        "_DEEPSPEED = 1",
+        "from ckpt_tool.formats.hf.files import x",
+        "def f(zero3): pass",
+    ],
+)
+def test_knowledge_of_a_format_is_found(source: str) -> None:
+    assert knowledge(source)
