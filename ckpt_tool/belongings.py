@@ -44,9 +44,9 @@ def owned(destination: Path, result: Iterable[str]) -> Owned:
     present = list(entries(destination))
     known, unread = _known(destination, present)
     strangers = [path for path in present if path not in known]
-    if not strangers:
-        return Owned(None, frozenset(present))
     tag, beside = _tag_of(result)
+    if not strangers and not _is_another_step(destination, tag, present):
+        return Owned(None, frozenset(present))
     own = known.intersection(present)
     flat = {path for path in own if "/" not in path} - _BESIDE_TAGS - {MANIFEST, JOURNAL}
     if tag is not None and not flat and _holds_tags(destination, tag):
@@ -120,6 +120,20 @@ def _tag_of(result: Iterable[str]) -> tuple[str | None, frozenset[str]]:
     files = frozenset(top for top, rest in tops if not rest)
     tag = directories.pop() if len(directories) == 1 and files.issubset(TAG_FILES) else None
     return tag, files
+
+
+def _is_another_step(destination: Path, tag: str | None, present: Iterable[str]) -> bool:
+    """Whether an engine's run has one step, and the result is another: the run keeps both.
+
+    A result of ours (it has a manifest) is replaced as a whole.
+    """
+    files = [path for path in present if not path.endswith("/")]
+    if tag is None or MANIFEST in files:
+        return False
+    tops = {path.partition("/")[0] for path in files if "/" in path}
+    return (
+        len(tops) == 1 and tag not in tops and any(_names_a_tag(destination / name) for name in TAG_FILES)
+    )
 
 
 def _holds_tags(destination: Path, tag: str) -> bool:

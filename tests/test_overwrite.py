@@ -71,9 +71,22 @@ def test_a_result_of_any_format_is_replaced(
     target = shutil.copytree(results[to], tmp_path / "out")
     if not manifest:
         (target / MANIFEST).unlink()
+    # without a manifest, a ZeRO directory is an engine's run with one step, and the result another step
+    kept = tree(target) if to in ("zero3", "zero2") and not manifest else {}
     overwrite(target)
-    assert tree(target) == fresh("universal", tmp_path)
+    assert tree(target) == {**kept, **fresh("universal", tmp_path)}
     assert {path.name for path in tmp_path.iterdir()} == {"out", "fresh"}
+
+
+def test_a_run_with_one_step_keeps_it_beside_another(results: dict[str, Path], tmp_path: Path) -> None:
+    target = shutil.copytree(results["zero3"], tmp_path / "out")
+    (target / MANIFEST).unlink()
+    (target / TAG).rename(target / "global_step1")
+    (target / "latest").write_text("global_step1")
+    before = tree(target)
+    overwrite(target, "zero3")
+    assert tree(target) == {**before, **fresh("zero3", tmp_path)}
+    assert (target / "latest").read_text() == TAG
 
 
 @pytest.mark.parametrize(

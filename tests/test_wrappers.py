@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from ckpt_tool import api
 from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.errors import UnreadableError
+from ckpt_tool.manifest import MANIFEST
 from tests.conftest import checkpoint_of, config_of, raw
 
 MOE, DENSE = "qwen2_moe_w2e2", "dense_tied_w3"
@@ -63,7 +64,9 @@ def said(source: Path) -> str:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
+    """Without our manifest: somebody else saved it."""
     api.consolidate(checkpoint_of(MOE), tmp_path / "model", config=config_of(MOE), how=HOW)
+    (tmp_path / "model" / MANIFEST).unlink()
     return tmp_path / "model"
 
 

@@ -56,7 +56,7 @@ def test_model_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     tensors = load_file(file)
     del tensors["model.norm.weight"]
     save_file(tensors, file)
-    with pytest.raises(ckpt_tool.CkptToolError, match=r"\['model\.norm\.weight'\] \(1 in all\).*has not"):
+    with pytest.raises(ckpt_tool.CkptToolError, match=r"has no model\.norm\.weight"):
         ckpt_tool.convert(tmp_path / "model", tmp_path / "start", to="zero3", world=2, ep=2)
 
 

@@ -35,7 +35,7 @@ from ckpt_tool.containers.pickle_records import TensorRecord, opaque
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.formats.deepspeed.facts.names import parse_expert
-from ckpt_tool.formats.deepspeed.facts.partition import PartitionRegions, partition_size
+from ckpt_tool.formats.deepspeed.facts.partition import Paddings, PartitionRegions, partition_size
 from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
 from ckpt_tool.formats.deepspeed.reading.rank_files import ENGINE_KEYS
 from ckpt_tool.storage import Reader, read_each
@@ -67,9 +67,10 @@ def read_universal(reader: Reader) -> Checkpoint:
     tensors = [tensor for one in parameters for tensor in one.tensors]
     known = {one.name for one in parameters} | set(about.aliases)
     extra_files: list[SourceFile] = []
+    partitioned: list[PartitionRegions] = []
     if model is not None and not about.ours:
         tensors += _buffers(model, known)
-        frozen, extra_files = _frozen(reader, model, known)
+        frozen, partitioned, extra_files = _frozen(reader, model, known)
         tensors += frozen
     if model is not None and not about.ours:
         # 16-bit weights of stages 1 and 2, whose masters are in directories of their own
@@ -89,6 +90,7 @@ def read_universal(reader: Reader) -> Checkpoint:
         + tuple(extra_files)
         + tuple(source for one in parameters for source in one.sources),
         training=_training(model, about),
+        apart=Paddings(partitioned),
         scalars={(one.key, state): value for one in parameters for state, value in one.scalars.items()},
         moe_layers=tuple(layers.values()),
         aliases=about.aliases,
@@ -351,15 +353,21 @@ def _buffers(model: TorchArchive, known: set[str]) -> list[Tensor]:
     ]
 
 
-def _frozen(reader: Reader, model: TorchArchive, known: set[str]) -> tuple[list[Tensor], list[SourceFile]]:
-    """Frozen parameters from their fragments in all ranks' model files (ZeRO-3)."""
+def _frozen(
+    reader: Reader, model: TorchArchive, known: set[str]
+) -> tuple[list[Tensor], list[PartitionRegions], list[SourceFile]]:
+    """Frozen parameters from their fragments in all ranks' model files (ZeRO-3).
+
+    Returns:
+        The parameters, their partitions (for the padding in them), and the further ranks' files.
+    """
     shapes = {
         name: tuple(shape)
         for name, shape in (model.root.get("frozen_param_shapes") or {}).items()
         if name not in known
     }
     if not shapes:
-        return [], []
+        return [], [], []
     found = {int(match[1]): match[0] for match in map(_MODEL_COPY.match, reader.list()) if match}
     world = model.root["dp_world_size"]
     if sorted(found) != list(range(world)):
@@ -369,6 +377,7 @@ def _frozen(reader: Reader, model: TorchArchive, known: set[str]) -> tuple[list[
         )
     archives = [TorchArchive(reader, found[rank]) for rank in range(world)]
     tensors = []
+    partitioned = []
     for name, shape in shapes.items():
         records = [archive.root["frozen_param_fragments"][name] for archive in archives]
         numel = math.prod(shape)
@@ -390,5 +399,6 @@ def _frozen(reader: Reader, model: TorchArchive, known: set[str]) -> tuple[list[
             0,
             records[0].dtype.itemsize,
         )
+        partitioned.append(regions)
         tensors.append(Tensor(name, WEIGHT, shape, records[0].dtype, regions, Role.FROZEN))
-    return tensors, [archive.source for archive in archives[1:]]
+    return tensors, partitioned, [archive.source for archive in archives[1:]]
