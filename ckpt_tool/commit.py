@@ -145,7 +145,7 @@ class Staging:
 
     def _is_there(self, file: WrittenFile) -> bool:
         path = self.path / file.path
-        return path.is_file() and path.stat().st_size == file.size
+        return not path.is_symlink() and path.is_file() and path.stat().st_size == file.size
 
     def begin(self, sources: Mapping[str, FileState], made_of: Callable[[], Iterable[MadeOf]]) -> None:
         """Judge what an earlier run completed, before anything is added to it. A file is kept where all
@@ -348,6 +348,7 @@ def occupied(path: Path) -> bool:
         raise unusable_destination(path, error) from error
 
 
-def _summary(identity: Mapping[str, Any]) -> str:
-    parameters = identity.get("parameters", {})
-    return " ".join(f"{key}={value}" for key, value in parameters.items()) or "unknown"
+def _summary(identity: Any) -> str:
+    parameters = identity.get("parameters") if isinstance(identity, dict) else None
+    known = parameters if isinstance(parameters, dict) else {}
+    return " ".join(f"{key}={value}" for key, value in known.items()) or "unknown"

@@ -213,9 +213,9 @@ def _matches(stretch: _Stretch, buffer: memoryview, meter: Meter) -> bool:
     for low in range(0, stated.length, len(buffer)):
         data = buffer[: min(len(buffer), stated.length - low)]
         reader.read_into(stated.path, stated.offset + low, data)
-        if stated.crc is not None:
-            crc = isal_zlib.crc32(data, crc)
-        else:
+        if stated.of_manifest:
             digest.update(data)
+        else:
+            crc = isal_zlib.crc32(data, crc)
         meter.add(len(data))
-    return crc == stated.crc if stated.crc is not None else digest.hexdigest() == stated.xxh3
+    return digest.hexdigest() == stated.xxh3 if stated.of_manifest else crc == stated.crc

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from ckpt_tool.storage import FileState
-from ckpt_tool.written import WrittenExtent, WrittenFile
+from ckpt_tool.written import WrittenFile, as_written
 
 # Linux: random(4). Another number after every start of the machine.
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -48,21 +48,33 @@ class Journal:
 
 
 def read_journal(data: bytes) -> Journal:
-    """All entries of a journal. A run that makes no sense is None: nothing staged is relied upon then."""
+    """All entries of a journal. Where one makes no sense (an earlier release's may not), nothing staged is
+    relied upon: the run is None."""
     found = Journal()
     for number, (entry, length) in enumerate(_lines(data)):
         found.whole += length
         if number == 0:
             found.identity = entry
-        elif "run" in entry:
-            found.run = _run(entry["run"])
-        elif "discarded" in entry:
-            for path in entry["discarded"]:
-                found.files.pop(path, None)
-        else:
-            extents = tuple(WrittenExtent(*extent) for extent in entry["extents"])
-            found.files[entry["path"]] = WrittenFile(entry["path"], entry["size"], extents)
+            continue
+        try:
+            _add(found, entry)
+        except (TypeError, ValueError, KeyError, AttributeError):
+            found.run, found.files = None, {}
     return found
+
+
+def _add(found: Journal, entry: Any) -> None:
+    """Raises TypeError, ValueError, KeyError or AttributeError where an entry makes no sense."""
+    if "run" in entry:
+        found.run = _run(entry["run"])
+    elif "discarded" in entry:
+        for path in entry["discarded"]:
+            found.files.pop(path, None)
+    else:
+        file = as_written(entry, crcs=True)
+        if PurePath(file.path).is_absolute() or ".." in PurePath(file.path).parts:
+            raise ValueError(f"{file.path} is not inside the staging directory")
+        found.files[file.path] = file
 
 
 def file_entry(file: WrittenFile) -> dict[str, Any]:
@@ -82,13 +94,10 @@ def _lines(data: bytes) -> Iterator[tuple[Any, int]]:
     for line in data.split(b"\n")[:-1]:
         try:
             yield json.loads(line), len(line) + 1
-        except ValueError:
+        except (ValueError, RecursionError):
             return
 
 
-def _run(said: Any) -> Run | None:
-    try:
-        sources = {path: FileState(*map(int, state)) for path, *state in said["sources"]}
-        return Run(sources, said["synced"] is True, str(said["boot"]))
-    except (TypeError, ValueError, KeyError):
-        return None
+def _run(said: Any) -> Run:
+    sources = {path: FileState(*map(int, state)) for path, *state in said["sources"]}
+    return Run(sources, said["synced"] is True, str(said["boot"]))

@@ -21,7 +21,7 @@ def read_json(file: Path) -> Mapping[str, Any]:
         raise UsageError(f"{file} is a directory; pass the file.") from None
     except OSError as error:
         raise reading_failed(file, error) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnreadableError(f"{file} is not readable JSON ({error}).") from error
     if not isinstance(value, dict):
         raise UnreadableError(f"{file} holds no JSON object.")

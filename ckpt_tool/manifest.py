@@ -1,7 +1,7 @@
 """The manifest in every result: where it came from, and checksums of every byte, of itself among them.
 
 JSON. ``checksum`` is the XXH3-128 of the file's own bytes with zeros in the place of its 32 digits.
-Version 1, which had none, is read as well.
+Versions 1, which had none, and 2, whose extents have no CRC-32, are read as well.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import xxhash
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.storage import is_file
 from ckpt_tool.system_errors import reading_failed
-from ckpt_tool.written import WrittenExtent, WrittenFile
+from ckpt_tool.written import WrittenFile, as_written
 
 MANIFEST = "ckpt_tool_manifest.json"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 JOURNAL = ".ckpt_tool_journal"
 RESERVED = frozenset({MANIFEST, JOURNAL})  # names that no file of a target may have
 
-_BEFORE_CHECKSUMS = 1
+_BEFORE_CHECKSUMS, _BEFORE_CRCS = 1, 2
 _NO_CHECKSUM = "0" * 32
 
 
@@ -72,24 +72,17 @@ def read_manifest(directory: Path) -> Manifest | None:
         raw = path.read_bytes()
         data = json.loads(raw.decode("utf-8"))
         version = data["manifest_version"]
-        if version not in (_BEFORE_CHECKSUMS, MANIFEST_VERSION):
+        if version not in (_BEFORE_CHECKSUMS, _BEFORE_CRCS, MANIFEST_VERSION):
             raise UnreadableError(
                 f"{path} is of version {version}; this release of ckpt-tool reads up to version "
                 f"{MANIFEST_VERSION}. Use the release that wrote it."
             )
         if version != _BEFORE_CHECKSUMS:
             _check(path, raw, data.pop("checksum"))
-        files = tuple(
-            WrittenFile(
-                file["path"],
-                file["size"],
-                tuple(WrittenExtent(*extent) for extent in file["extents"]),
-            )
-            for file in data["files"]
-        )
+        files = tuple(as_written(file, version > _BEFORE_CRCS) for file in data["files"])
     except OSError as error:
         raise reading_failed(path, error) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UnreadableError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
     return Manifest({key: value for key, value in data.items() if key != "files"}, files)
 

@@ -21,8 +21,9 @@ _TENSORS = "data/"  # records of torch archives that hold a storage each
 
 
 class Sum(NamedTuple):
-    """``length`` bytes of a file from ``offset`` on, which have a CRC-32 (``crc``) or an XXH3-64 in hex
-    (``xxh3``) by what the checkpoint says. ``where`` names them to a person."""
+    """``length`` bytes of a file from ``offset`` on, and what the checkpoint says of them: an archive their
+    CRC-32 (``crc``), a manifest their XXH3-64 in hex (``xxh3``) and, from version 3 on, the CRC-32 as well.
+    ``where`` names them to a person."""
 
     path: str
     offset: int
@@ -35,16 +36,18 @@ class Sum(NamedTuple):
     def end(self) -> int:
         return self.offset + self.length
 
+    @property
+    def of_manifest(self) -> bool:
+        return self.xxh3 is not None
+
     def differs(self) -> str:
         """What to say where they are others."""
-        if self.crc is not None:
-            return f"{self.path}: {self.where} does not have the CRC-32 that its archive states"
-        return f"{self.path}: {self.where} do not have the checksum that {MANIFEST} states"
+        if self.of_manifest:
+            return f"{self.path}: {self.where} do not have the checksum that {MANIFEST} states"
+        return f"{self.path}: {self.where} does not have the CRC-32 that its archive states"
 
     def remedy(self) -> str:
-        if self.crc is not None:
-            return COPY_AGAIN
-        return f"{COPY_AGAIN} {ON_PURPOSE}"
+        return f"{COPY_AGAIN} {ON_PURPOSE}" if self.of_manifest else COPY_AGAIN
 
 
 class ArchiveSums(NamedTuple):
@@ -74,8 +77,8 @@ def archive_sums(reader: Reader, source: SourceFile, *, tensors_only: bool = Fal
 
 def manifest_sums(file: WrittenFile) -> list[Sum]:
     return [
-        Sum(file.path, start, length, f"bytes {start} to {start + length}", xxh3=xxh3)
-        for start, length, xxh3 in file.extents
+        Sum(file.path, start, length, f"bytes {start} to {start + length}", crc, xxh3)
+        for start, length, xxh3, crc in file.extents
         if length
     ]
 

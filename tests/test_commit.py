@@ -613,6 +613,13 @@ MANIFESTS = {
     "no version": '{"files": []}',
     "not an object": "[]",
     "files of numbers": '{"manifest_version": 1, "files": [3]}',
+    "a size that is none": '{"manifest_version": 1, "files": [{"path": "a", "size": -1, "extents": []}]}',
+    "a path that is none": '{"manifest_version": 1, "files": [{"path": 3, "size": 1, "extents": []}]}',
+    "an extent at no number": '{"manifest_version": 1, "files": '
+    '[{"path": "a", "size": 1, "extents": [["0", 1, "x"]]}]}',
+    "a checksum that is none": '{"manifest_version": 1, "files": '
+    '[{"path": "a", "size": 1, "extents": [[0, 1, 2]]}]}',
+    "nested beyond reason": '{"manifest_version": 1, "files": ' + "[" * 100_000,
     "extents of numbers": '{"manifest_version": 1, "files": [{"path": "a", "size": 1, "extents": [3]}]}',
 }
 
@@ -639,11 +646,75 @@ def test_staging_remembers_complete_files_only(tmp_path: Path) -> None:
     staging = staged(tmp_path / "out")
     for name in ("complete", "half"):
         (staging.path / name).write_text(name)
-    staging.add(WrittenFile("complete", 8, (WrittenExtent(0, 8, "x"),)))
+    staging.add(WrittenFile("complete", 8, (WrittenExtent(0, 8, "x", 1),)))
     os.close(staging._journal)  # killed
     again = staged(tmp_path / "out")
     assert list(again.done) == ["complete"]
     assert not (again.path / "half").exists()
+    again.close()
+
+
+def test_a_file_that_an_earlier_release_completed_is_written_again(tmp_path: Path) -> None:
+    """Before manifests of version 3 the journal kept no CRC-32 of extents."""
+    staging = staged(tmp_path / "out")
+    (staging.path / "complete").write_text("complete")
+    staging.add(WrittenFile("complete", 8, ((0, 8, "x"),)))  # type: ignore[arg-type]
+    os.close(staging._journal)
+    again = staged(tmp_path / "out")
+    assert again.done == {}
+    assert not (again.path / "complete").exists()
+    again.close()
+
+
+ODD_LINES = {
+    "a number": "3",
+    "a list": '["path"]',
+    "null": "null",
+    "no path": '{"size": 1, "extents": []}',
+    "a size of text": '{"path": "complete", "size": "8", "extents": []}',
+    "extents of numbers": '{"path": "complete", "size": 8, "extents": [3]}',
+    "a path that leads out": '{"path": "../precious", "size": 8, "extents": []}',
+    "a path from the root": '{"path": "/etc/hostname", "size": 8, "extents": []}',
+    "discarded numbers": '{"discarded": 3}',
+    "discarded lists": '{"discarded": [[]]}',
+    "nested beyond reason": '{"run": ' + "[" * 100_000 + "]" * 100_000 + "}",
+}
+
+
+@pytest.mark.parametrize("line", ODD_LINES.values(), ids=ODD_LINES)
+def test_a_line_of_the_journal_that_makes_no_sense(line: str, tmp_path: Path) -> None:
+    """Nothing outside is touched, and what may be true of the files inside is not relied upon."""
+    (tmp_path / "precious").write_text("12345678")
+    staging = staged(tmp_path / "out")
+    os.close(staging._journal)
+    with (staging.path / JOURNAL).open("a") as journal:
+        journal.write(line + "\n")
+    again = staged(tmp_path / "out")
+    assert again.done == {}
+    again.begin({}, list)
+    again.close()
+    assert (tmp_path / "precious").read_text() == "12345678"
+
+
+@pytest.mark.parametrize("identity", ["3", "[]", '{"parameters": 3}', "null"])
+def test_a_journal_of_no_command(identity: str, tmp_path: Path) -> None:
+    staging = staged(tmp_path / "out")
+    os.close(staging._journal)
+    (staging.path / JOURNAL).write_text(identity + "\n")
+    with pytest.raises(UsageError, match="left by another command"):
+        staged(tmp_path / "out")
+
+
+def test_a_symlink_in_a_staging_directory_is_no_complete_file(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("12345678")
+    staging = staged(tmp_path / "out")
+    (staging.path / "a").symlink_to(tmp_path / "precious")
+    staging.add(WrittenFile("a", 8, (WrittenExtent(0, 8, "x", 1),)))
+    os.close(staging._journal)
+    again = staged(tmp_path / "out")
+    assert again.done == {}
+    assert not os.path.lexists(again.path / "a")
+    assert (tmp_path / "precious").read_text() == "12345678"
     again.close()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import shutil
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,50 @@ def test_a_flipped_bit_in_safetensors_with_a_manifest(
     assert not (tmp_path / "out").exists()
     (published / MANIFEST).unlink()  # as the message says
     convert(published, tmp_path / "out", "hf", verify=verify)
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """Safetensors of a mixture of experts, with a manifest. Gate and up lie in one tensor."""
+    source, config = checkpoint_of("mixtral_w4e2"), config_of("mixtral_w4e2")
+    api.convert(source, tmp_path / "mixture", to="hf", config=config, hf_layout="fused")
+    return tmp_path / "mixture"
+
+
+def test_listed_safetensors_are_checked_in_whatever_order_they_are_read(
+    mixture: Path, tmp_path: Path
+) -> None:
+    """All gates of a layer go into one file, and then all its ups into another."""
+    how = api.Execution(workers=1)
+    result = api.convert(mixture, tmp_path / "out", to="universal", how=how)
+    assert result.unchecked_bytes == {}
+    assert result.checked_bytes >= result.bytes_read > 0
+    as_version_2(mixture)
+    result = api.convert(mixture, tmp_path / "out2", to="universal", how=how)
+    assert set(result.unchecked_bytes) == {OUT_OF_ORDER}
+
+
+def test_a_flipped_bit_in_any_tensor_of_listed_safetensors(mixture: Path, tmp_path: Path) -> None:
+    file = mixture / "model.safetensors"
+    header = json.loads(file.read_bytes()[8:][: int.from_bytes(file.read_bytes()[:8], "little")])
+    start = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            at = start + sum(tensor["data_offsets"]) // 2
+            flip(file, at=at)
+            with pytest.raises(DamagedError, match=r"model\.safetensors: bytes"):
+                api.convert(mixture, tmp_path / "out", to="universal", how=api.Execution(fsync=False))
+            flip(file, at=at)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_with_a_manifest_of_before_is_recognised_by_the_command_that_made_it(
+    zero3: Path, tmp_path: Path
+) -> None:
+    convert(zero3, tmp_path / "out")
+    as_version_2(tmp_path / "out")
+    assert "was there already" in convert(zero3, tmp_path / "out").notes[-1]
+    assert api.verify(tmp_path / "out").passed
 
 
 def test_a_flipped_bit_in_the_header_of_listed_safetensors(published: Path, tmp_path: Path) -> None:
@@ -259,15 +305,26 @@ def checking(directory: Path) -> CheckingReader:
     return CheckingReader(reader, SourceSums(reader, [StoredZip(reader, "a.pt").source]))
 
 
-def with_manifest(directory: Path, extents: int = 2) -> None:
+def with_manifest(directory: Path, *, version: int = 3) -> bytes:
+    """A file of two extents and its manifest; the file's bytes."""
     data = random.Random(3).randbytes(SIZE)
     (directory / "a.bin").write_bytes(data)
-    step = SIZE // extents
-    found = [
-        WrittenExtent(at, step, xxhash.xxh3_64_hexdigest(data[at : at + step]))
-        for at in range(0, SIZE, step)
-    ]
+    step = SIZE // 2
+    parts = [(at, data[at : at + step]) for at in range(0, SIZE, step)]
+    found = [WrittenExtent(at, step, xxhash.xxh3_64_hexdigest(d), zlib.crc32(d)) for at, d in parts]
     (directory / MANIFEST).write_bytes(manifest_bytes({}, [WrittenFile("a.bin", SIZE, tuple(found))]))
+    if version == 2:
+        as_version_2(directory)
+    return data
+
+
+def as_version_2(directory: Path) -> None:
+    """Make of a manifest what ckpt-tool wrote before version 3: extents without a CRC-32."""
+    stated = json.loads((directory / MANIFEST).read_bytes())
+    files = [{**file, "extents": [one[:3] for one in file["extents"]]} for file in stated["files"]]
+    blank = json.dumps({**stated, "manifest_version": 2, "checksum": "0" * 32, "files": files}).encode()
+    digits = xxhash.xxh3_128_hexdigest(blank).encode()
+    (directory / MANIFEST).write_bytes(blank.replace(b"0" * 32, digits, 1))
 
 
 @pytest.fixture(scope="module")
@@ -367,8 +424,38 @@ def test_bytes_between_records_have_no_checksum(one: tuple[Path, int, bytes]) ->
     assert reader.result(resumed=False) == (SIZE, {NO_SUM: 64})
 
 
+@given(order=st.randoms(use_true_random=False), at=st.none() | st.integers(0, SIZE - 1))
+def test_extents_are_put_together_of_pieces_in_any_order(
+    tmp_path_factory: pytest.TempPathFactory, order: random.Random, at: int | None
+) -> None:
+    """Pieces that lie across two extents as well; with a flipped bit at ``at``."""
+    home = tmp_path_factory.mktemp("extents")
+    data = with_manifest(home)
+    if at is not None:
+        flip(home / "a.bin", at=at)
+    reader = CheckingReader(LocalReader(home), SourceSums(LocalReader(home), ()))
+    pieces = list(itertools.pairwise([0, *sorted(order.sample(range(1, SIZE), 9)), SIZE]))
+    order.shuffle(pieces)
+    wrong = []
+    for low, high in pieces:
+        try:
+            found = reader.read("a.bin", low, high - low)
+        except DamagedError as error:
+            wrong.append(str(error))
+        else:
+            assert found == data[low:high] or at is not None
+    if at is None:
+        assert wrong == []
+        assert reader.result(resumed=False) == (SIZE, {})
+    else:
+        start = at // (SIZE // 2) * (SIZE // 2)
+        assert wrong
+        assert all(f"bytes {start} to {start + SIZE // 2}" in message for message in wrong)
+
+
 def test_extents_that_are_read_from_front_to_back(tmp_path: Path) -> None:
-    with_manifest(tmp_path, extents=2)
+    """A manifest of version 2 has checksums that take them in no other way."""
+    with_manifest(tmp_path, version=2)
     reader = CheckingReader(LocalReader(tmp_path), SourceSums(LocalReader(tmp_path), ()))
     for low in (0, 5000, 2000, 6000, 4000, 9000):  # of two extents by turns
         reader.read("a.bin", low, {2000: 3000, 6000: 3000}.get(low, 2000 if low < 5000 else 1000))
@@ -376,7 +463,7 @@ def test_extents_that_are_read_from_front_to_back(tmp_path: Path) -> None:
 
 
 def test_extents_that_are_not_read_from_front_to_back(tmp_path: Path) -> None:
-    with_manifest(tmp_path, extents=2)
+    with_manifest(tmp_path, version=2)
     reader = CheckingReader(LocalReader(tmp_path), SourceSums(LocalReader(tmp_path), ()))
     reader.read("a.bin", 0, 5000)
     reader.read("a.bin", 7000, 3000)
@@ -386,8 +473,9 @@ def test_extents_that_are_not_read_from_front_to_back(tmp_path: Path) -> None:
     assert reader.result(resumed=False, all_else=True) == (SIZE, {})
 
 
-def test_a_flipped_bit_in_an_extent(tmp_path: Path) -> None:
-    with_manifest(tmp_path, extents=2)
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_flipped_bit_in_an_extent(version: int, tmp_path: Path) -> None:
+    with_manifest(tmp_path, version=version)
     flip(tmp_path / "a.bin", at=7777)
     reader = CheckingReader(LocalReader(tmp_path), SourceSums(LocalReader(tmp_path), ()))
     reader.read("a.bin", 0, 7000)

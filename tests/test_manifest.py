@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from ckpt_tool import api
 from ckpt_tool.errors import UnreadableError
@@ -18,7 +19,9 @@ from tests.conftest import checkpoint_of
 
 FILES = (
     WrittenFile(
-        "a/b.pt", 300, (WrittenExtent(0, 100, "0123456789abcdef"), WrittenExtent(100, 200, "f" * 16))
+        "a/b.pt",
+        300,
+        (WrittenExtent(0, 100, "0123456789abcdef", 7), WrittenExtent(100, 200, "f" * 16, 2**32 - 1)),
     ),
     WrittenFile("latest", 0, ()),
 )
@@ -42,6 +45,29 @@ def test_a_manifest_of_the_version_without_a_checksum(tmp_path: Path) -> None:
     found = read_manifest(written(tmp_path, json.dumps(old).encode()))
     assert found is not None
     assert found.files == (WrittenFile("a", 1, (WrittenExtent(0, 1, "x"),)),)
+
+
+def test_a_manifest_of_the_version_without_crcs(tmp_path: Path) -> None:
+    """As ckpt-tool wrote it before version 3."""
+    before = tuple(
+        file._replace(extents=tuple(extent[:3] for extent in file.extents))  # type: ignore[misc]
+        for file in FILES
+    )
+    data = manifest_bytes(IDENTITY, before).replace(b'"manifest_version": 3', b'"manifest_version": 2')
+    digits = json.loads(data)["checksum"].encode()
+    blank = data.replace(digits, b"0" * 32)
+    old = blank.replace(b"0" * 32, xxhash.xxh3_128_hexdigest(blank).encode(), 1)
+    found = read_manifest(written(tmp_path, old))
+    assert found is not None
+    assert [file.extents for file in found.files] == [
+        tuple(extent._replace(crc=None) for extent in file.extents) for file in FILES
+    ]
+
+
+def test_an_extent_without_its_crc(tmp_path: Path) -> None:
+    file = WrittenFile("a", 1, (WrittenExtent(0, 1, "x"),))
+    with pytest.raises(UnreadableError, match="the file 'a' is no path"):
+        read_manifest(written(tmp_path, manifest_bytes(IDENTITY, [file])))
 
 
 def test_any_flipped_bit(tmp_path: Path) -> None:
@@ -73,7 +99,7 @@ def test_a_manifest_that_was_edited(change: object, tmp_path: Path) -> None:
 
 def test_a_manifest_of_a_later_version(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match="Use the release that wrote it"):
-        read_manifest(written(tmp_path, b'{"manifest_version": 3, "files": []}'))
+        read_manifest(written(tmp_path, b'{"manifest_version": 4, "files": []}'))
 
 
 # ---- a result and its manifest

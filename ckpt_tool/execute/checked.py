@@ -1,8 +1,9 @@
 """Checking the source's own checksums of what is read anyhow, as it passes.
 
-A CRC-32 can be put together of parts that come in any order and from any thread; an XXH3 only of a stream,
-so that an extent of a manifest counts as checked where its bytes came one after the other. What was read
-but for a little is read to its end. All else is reported as unchecked, and never taken for checked.
+A CRC-32 can be put together of parts that come in any order and from any thread. An XXH3 is computed of a
+stream: an extent of a manifest before version 3, which has nothing else, counts as checked where its bytes
+came one after the other. What was read but for a little is read to its end. All else is reported as
+unchecked, and never taken for checked.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _SMALL_RECORD, _SMALL_EXTENT = 4096, 1 << 20  # bytes
 NO_SUM = "the source has no checksum of it"
 IN_PART = "only a part of what a checksum covers was read"
 EARLIER = "a run before this one read a part of what a checksum covers"
-OUT_OF_ORDER = "not read from front to back, as the manifest's checksums want"
+OUT_OF_ORDER = "not read from front to back, as the checksums of a manifest before version 3 want"
 TOO_MANY = "read in too many pieces"
 
 
@@ -139,7 +140,7 @@ class CheckingReader:
                 length = record.stated.length
                 left = record.rest()
                 size = sum(high - low for low, high in left)
-                small = _SMALL_EXTENT if record.stated.crc is None else _SMALL_RECORD
+                small = _SMALL_EXTENT if record.stated.of_manifest else _SMALL_RECORD
                 untouched = size == length
                 if length <= small if untouched else size <= max(_BYTES_LEFT, length // _SHARE_LEFT):
                     for low, high in left:
@@ -183,7 +184,7 @@ class _File:
         for stated in sums:
             if stated.offset > position:
                 self.records.append(_between(path, position, stated.offset))
-            self.records.append(_Stream(stated) if stated.xxh3 is not None else _Record(stated))
+            self.records.append(_Stream(stated) if stated.crc is None else _Record(stated))
             position = stated.end
         if size > position or not self.records:
             self.records.append(_between(path, position, size))
@@ -277,7 +278,7 @@ class _Record:
 
 
 class _Stream(_Record):
-    """Bytes with an XXH3, which takes them from front to back only."""
+    """Bytes with an XXH3 alone, which takes them from front to back only."""
 
     def __init__(self, stated: Sum) -> None:
         super().__init__(stated)

@@ -142,8 +142,7 @@ class _Run:
             if self.stop.is_set():
                 return False
             data = tile.load(self._source, unit.pieces, fill, start, numel)
-            if file.target.crc_slots:
-                crc = isal_zlib.crc32(data, crc)
+            crc = isal_zlib.crc32(data, crc)
             digest.update(data)
             self._sink.write(file.target.path, fill.offset + start * itemsize, data)
             self._meter.add(len(data))
@@ -151,7 +150,7 @@ class _Run:
         with self._lock:
             file.crcs[unit.fill, unit.start] = (crc, length)
             offset = fill.offset + unit.start * itemsize
-            file.written.append(WrittenExtent(offset, length, digest.hexdigest()))
+            file.written.append(WrittenExtent(offset, length, digest.hexdigest(), crc))
         return True
 
     def _seal(self, file: _OpenFile) -> None:
@@ -166,10 +165,14 @@ class _Run:
             data = _filled_in(literal, within)
             self._sink.write(target.path, literal.offset, data)
             self._meter.add(len(data))
-            file.written.append(WrittenExtent(literal.offset, len(data), xxhash.xxh3_64_hexdigest(data)))
+            file.written.append(_extent_of(literal.offset, data))
         self._sink.finish(target.path)
         with self._lock:
             self._on_file(WrittenFile(target.path, target.size, tuple(sorted(file.written))))
+
+
+def _extent_of(offset: int, data: bytes) -> WrittenExtent:
+    return WrittenExtent(offset, len(data), xxhash.xxh3_64_hexdigest(data), isal_zlib.crc32(data))
 
 
 def _filled_in(literal: Literal, crcs: Sequence[tuple[int, int]]) -> bytes:

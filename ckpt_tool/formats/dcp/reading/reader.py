@@ -96,7 +96,7 @@ def _json(reader: Reader, name: str) -> Mapping[str, Any]:
     """A JSON object in a file; raises UnreadableError where it is none."""
     try:
         value = json.loads(reader.read(name, 0, reader.size(name)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnreadableError(f"{reader.root}/{name} is not JSON ({error}).") from error
     if not isinstance(value, dict):
         raise UnreadableError(f"{reader.root}/{name} holds no JSON object.")

@@ -84,7 +84,7 @@ def _saved_offsets(file: SafetensorsFile, where: str) -> Mapping[str, tuple[int,
     try:
         info = json.loads(file.metadata[SHARDING_INFO])
         offsets = {name: tuple(info[name]["saved_offsets"]) for name in file.tensors}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UnreadableError(
             f"{where}: the header does not say where its parts belong ({SHARDING_INFO}: "
             f"{type(error).__name__} {error})."
