@@ -39,7 +39,7 @@ from ckpt_tool.families.roots import misfit
 from ckpt_tool.formats.base import Request
 from ckpt_tool.formats.declaration import Target
 from ckpt_tool.formats.known import all_options, own_target, published_target, targets
-from ckpt_tool.formats.options import recorded
+from ckpt_tool.formats.options import DTYPES, recorded, refuse_unknown
 from ckpt_tool.formats.registry import locate, open_checkpoint
 from ckpt_tool.integrity import check, check_files
 from ckpt_tool.manifest import read_manifest
@@ -264,10 +264,8 @@ def consolidate(
 
 
 def _target(to: str) -> Target:
-    known = targets()
-    if to not in known:
-        raise UsageError(f"--to {to!r} is not a target; choose from {', '.join(sorted(known))}.")
-    return known[to]
+    refuse_unknown("--to", to, targets())
+    return targets()[to]
 
 
 def _own_target(checkpoint: Checkpoint) -> Target:
@@ -298,6 +296,10 @@ def _refuse_useless(target: Target, given: Mapping[str, Any]) -> None:
     )
     if useless:
         raise UsageError(f"{', '.join(useless)}: --to {target.to} has no use for it. Leave it out.")
+    for option in target.options:
+        value = given.get(option.name)
+        if option.choices and value is not None:
+            refuse_unknown(option.flag, value, option.choices)
 
 
 @told()
@@ -431,7 +433,7 @@ def parse_dtype(name: str | None) -> DType | None:
     if name is None or name == "keep":
         return None
     known = {"fp32": DType.float32, "bf16": DType.bfloat16, "fp16": DType.float16}
-    known |= {dtype.torch_name: dtype for dtype in list(known.values())}
-    if name not in known:
-        raise UsageError(f"--dtype {name!r} is not one of keep, fp32, bf16, fp16.")
-    return known[name]
+    torchs = {dtype.torch_name: dtype for dtype in known.values()}
+    if name not in torchs:
+        refuse_unknown("--dtype", name, DTYPES)
+    return torchs.get(name) or known[name]

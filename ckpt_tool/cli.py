@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +14,14 @@ from ckpt_tool import __version__
 from ckpt_tool.cli_options import (
     Config,
     Destination,
+    Dtype,
     Given,
     Json,
     Quiet,
     Reading,
     Source,
     Writing,
+    completing,
     spread,
 )
 from ckpt_tool.formats.known import all_options, published_target, targets
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from ckpt_tool.api import Result
     from ckpt_tool.comparison import Verdict
     from ckpt_tool.report import Progress
+    from ckpt_tool.values import Difference
 
 _EPILOG = (
     "Exit codes: 0 done; 1 found wrong (verify, doctor, inspect --check); 2 usage; 3 unreadable or "
@@ -36,29 +41,50 @@ _EPILOG = (
 
 app = typer.Typer(
     name="ckpt-tool",
-    no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog=_EPILOG,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Convert, re-shard, consolidate and inspect Mixture-of-Experts checkpoints in bounded memory.",
 )
 
-*_FIRST, _LAST = targets()
-_TARGETS = f"{', '.join(_FIRST)} or {_LAST}."
+_TARGETS = f"One of {', '.join(targets())}."
+# Typer's own errors: all of them derive from the class above the one that it shows.
+_Misuse: type[Exception] = typer.BadParameter.__mro__[1]
+# What follows ``--experts`` and is not a path: two globs of numbers.
+_EXPERTS = re.compile(r"[\d*?\[\]-]+:[\d*?\[\]-]+")
 _SHOWN = 20  # differences printed
+
+
+def _examples(*lines: str) -> str:
+    """What stands at the end of a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  ckpt-tool {line}" for line in lines)
 
 
 @app.callback(invoke_without_command=True)
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Print the version.", is_eager=True)
+    ] = False,
 ) -> None:
     if version:
         typer.echo(f"ckpt-tool {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
-@app.command()
+@app.command(
+    short_help="What is in a checkpoint: format, topology, sizes.",
+    epilog=_examples(
+        "inspect run/checkpoints",
+        "inspect run/checkpoints --tensors '*.mlp.*' --json",
+        "inspect run/checkpoints --experts '3:*'",
+    ),
+)
 @spread()
 def inspect(
     src: Source,
@@ -73,8 +99,13 @@ def inspect(
         ),
     ] = None,
     experts: Annotated[
-        bool, typer.Option("--experts", help="Which rank and file holds which expert.")
-    ] = False,
+        str | None,
+        typer.Option(
+            "--experts",
+            metavar="[LAYER:EXPERT]",
+            help="Which rank and file holds which expert: all, or e.g. 3:* or '*:17'.",
+        ),
+    ] = None,
     config: Config = None,
     check: Annotated[
         bool,
@@ -88,8 +119,15 @@ def inspect(
     checkpoint = api.open(src, config=config)
     found = inspection.overview(checkpoint)
     tensor_rows = inspection.tensor_rows(checkpoint, tensors) if tensors is not None else None
-    expert_rows = inspection.expert_rows(checkpoint) if experts else None
-    if expert_rows == []:
+    expert_rows = inspection.expert_rows(checkpoint, experts) if experts is not None else None
+    if tensors is not None and not tensor_rows:
+        found["notes"].append(inspection.no_tensor(checkpoint, tensors))
+    if expert_rows == [] and checkpoint.moe_layers:
+        ids, count = found["moe_layer_ids"], found["experts_per_layer"]
+        found["notes"].append(
+            f"No expert matches {experts!r}. MoE layers are {ids[0]} to {ids[-1]}, of {count} experts each."
+        )
+    elif expert_rows == []:
         found["notes"].append(
             "No routed experts are recognised. If the model has some, pass its config.json with --config, "
             "which tells their names."
@@ -122,17 +160,25 @@ def inspect(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(
+    short_help="Write a checkpoint in another format.",
+    epilog=_examples(
+        "convert run/checkpoints universal --to universal",
+        "convert run/checkpoints fsdp --to dcp --world 8 --config path/to/model",
+        "convert path/to/model start --to zero3 --ep 8 --world 64 --ds-config ds_config.json",
+    ),
+)
 @spread(*all_options())
 def convert(
     src: Source,
     dst: Destination,
     *,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=_TARGETS)],
+    to: Annotated[
+        str,
+        typer.Option("--to", metavar="FORMAT", help=_TARGETS, autocompletion=completing(targets())),
+    ],
     given: Given,
-    dtype: Annotated[
-        str, typer.Option("--dtype", metavar="DTYPE", help="keep, fp32, bf16 or fp16 (weights only).")
-    ] = "keep",
+    dtype: Dtype = "keep",
     config: Config = None,
     run: Writing,
 ) -> None:
@@ -155,7 +201,13 @@ def convert(
         _print_result(result, run)
 
 
-@app.command()
+@app.command(
+    short_help="Write it for another EP size or number of ranks.",
+    epilog=_examples(
+        "reshard run/checkpoints new --ep 4 --world 32 --dry-run",
+        "reshard run/checkpoints new --ep 4 --world 32 --verify",
+    ),
+)
 @spread(EP, WORLD, LIKE, WEIGHTS_ONLY)
 def reshard(src: Source, dst: Destination, given: Given, run: Writing) -> None:
     """Write a checkpoint in its own format for another EP size or number of ranks; it resumes exactly."""
@@ -169,16 +221,20 @@ def reshard(src: Source, dst: Destination, given: Given, run: Writing) -> None:
         _print_result(result, run)
 
 
-@app.command()
+@app.command(
+    short_help="Write safetensors for from_pretrained.",
+    epilog=_examples(
+        "consolidate run/checkpoints model --config path/to/model",
+        "consolidate run/checkpoints model --config path/to/model --dtype bf16",
+    ),
+)
 @spread(*published_target().options)
 def consolidate(
     src: Source,
     dst: Destination,
     *,
     config: Config = None,
-    dtype: Annotated[
-        str, typer.Option("--dtype", metavar="DTYPE", help="fp32, bf16, fp16, or keep.")
-    ] = "fp32",
+    dtype: Dtype = "fp32",
     given: Given,
     run: Writing,
 ) -> None:
@@ -200,7 +256,10 @@ def consolidate(
         _print_result(result, run)
 
 
-@app.command()
+@app.command(
+    short_help="Check one checkpoint, or compare two bit for bit.",
+    epilog=_examples("verify new", "verify run/checkpoints new"),
+)
 @spread()
 def verify(
     a: Source,
@@ -222,7 +281,10 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(
+    short_help="What is wrong with a checkpoint, and what to do.",
+    epilog=_examples("doctor run/checkpoints", "doctor run/checkpoints --json"),
+)
 @spread()
 def doctor(
     src: Source,
@@ -246,7 +308,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="The model families that are known.")
 def families(json: Json = False) -> None:
     """The model families known: what config.json calls them, how published files hold their experts."""
     from ckpt_tool import report
@@ -269,7 +331,7 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-@app.command()
+@app.command(short_help="The main job on a small real checkpoint.")
 def demo(
     directory: Annotated[
         Path | None,
@@ -315,6 +377,8 @@ def _print_result(result: Result, run: Writing) -> None:
             }
         )
         return
+    if run.quiet:
+        return
     fields = [
         ("source", f"{result.source} ({result.source_format})"),
         ("target", result.target),
@@ -342,9 +406,8 @@ def _print_result(result: Result, run: Writing) -> None:
             )
         )
     report.print_fields("Plan (nothing was written)" if run.dry_run else "Done", fields)
-    if not run.quiet:
-        for note in result.notes + (result.verdict.notes if result.verdict else ()):
-            report.say(f"note: {note}")
+    for note in result.notes + (result.verdict.notes if result.verdict else ()):
+        report.say(f"note: {note}")
 
 
 def _checked(result: Result) -> str:
@@ -376,16 +439,30 @@ def _print_verdict(verdict: Verdict, *, compared: bool, json: bool, quiet: bool)
     if not quiet:
         for note in verdict.notes:
             report.say(f"note: {note}")
-    for difference in verdict.differences[:_SHOWN]:
-        report.show(f"{difference.kind}: {difference.message}")
-    if len(verdict.differences) > _SHOWN:
-        typer.echo(f"and {len(verdict.differences) - _SHOWN} more (--json lists all)")
+    if quiet and verdict.passed:
+        return
     size = report.human_bytes(verdict.bytes_compared)
-    unchecked = "complete, no checksums to check" if not verdict.bytes_compared else "sound"
-    sound = "equal" if compared else unchecked
+    of = f"{verdict.tensors} tensors, {size} {'compared' if compared else 'checked'}"
+    if verdict.passed:
+        unchecked = "complete, no checksums to check" if not verdict.bytes_compared else "sound"
+        typer.echo(f"{'equal' if compared else unchecked}: {of}")
+        return
     count = len(verdict.differences)
-    outcome = sound if verdict.passed else f"{count} difference{'s' if count > 1 else ''}"
-    typer.echo(f"{outcome}: {verdict.tensors} tensors, {size} {'compared' if compared else 'checked'}")
+    typer.echo(f"{count} difference{'s' if count > 1 else ''}: {of}")
+    for line in _differences(verdict.differences):
+        report.show(line)
+
+
+def _differences(found: Iterable[Difference]) -> Iterator[str]:
+    """A line for each kind with its number, and the first of it below."""
+    kinds: dict[str, list[Difference]] = {}
+    for difference in found:
+        kinds.setdefault(difference.kind, []).append(difference)
+    for kind, alike in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        yield f"{kind}: {len(alike)}"
+        yield from (f"  {difference.message}" for difference in alike[:_SHOWN])
+        if len(alike) > _SHOWN:
+            yield f"  and {len(alike) - _SHOWN} more (--json lists all)"
 
 
 def main() -> None:
@@ -396,9 +473,14 @@ def main() -> None:
 
     try:
         try:
-            app(args=_with_default_glob(sys.argv[1:]), prog_name="ckpt-tool")
+            arguments = _with_default_glob(sys.argv[1:])
+            code = app(args=arguments, prog_name="ckpt-tool", standalone_mode=False)
         finally:
             sys.stdout.flush()
+        sys.exit(code or 0)
+    except _Misuse as error:
+        _complain(_misused(error))
+        sys.exit(2)
     except CkptToolError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
@@ -415,6 +497,15 @@ def main() -> None:
         sys.exit(4)
 
 
+def _misused(error: Exception) -> str:
+    """What typer found wrong with the command line, and where to read on."""
+    message = str(getattr(error, "format_message")()).rstrip()  # noqa: B009 (typer's classes are not public)
+    context = getattr(error, "ctx", None)
+    command = getattr(context, "command_path", "ckpt-tool")
+    end = "" if message.endswith((".", "?", "!")) else "."
+    return f"{message}{end} `{command} --help` shows all options."
+
+
 def _complain(message: str) -> None:
     from ckpt_tool.report import say
 
@@ -422,10 +513,14 @@ def _complain(message: str) -> None:
 
 
 def _with_default_glob(arguments: list[str]) -> list[str]:
-    """``--tensors`` may stand without a pattern."""
+    """``--tensors`` and ``--experts`` may stand without a pattern."""
     result = []
     for position, argument in enumerate(arguments):
         following = arguments[position + 1] if position + 1 < len(arguments) else "--"
-        bare = argument == "--tensors" and following.startswith("-")
-        result.append("--tensors=*" if bare else argument)
+        if argument == "--tensors" and following.startswith("-"):
+            result.append("--tensors=*")
+        elif argument == "--experts" and not _EXPERTS.fullmatch(following):
+            result.append("--experts=*:*")
+        else:
+            result.append(argument)
     return result

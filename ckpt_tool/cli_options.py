@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
-from ckpt_tool.formats.options import Option, Size
+from ckpt_tool.formats.options import DTYPES, Option, Size
 
 if TYPE_CHECKING:
     from ckpt_tool.api import Execution
@@ -25,28 +25,42 @@ if TYPE_CHECKING:
 Source = Annotated[
     Path,
     typer.Argument(
-        readable=False, help="A checkpoint: its tag directory, the parent with a `latest` file, or a file."
+        metavar="SRC",
+        readable=False,
+        help="A checkpoint: its tag directory, the parent with a `latest` file, or a file.",
     ),
 ]
-Destination = Annotated[Path, typer.Argument(readable=False, help="The new directory.")]
+Destination = Annotated[Path, typer.Argument(metavar="DST", readable=False, help="The new directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print what is wrong, and nothing else.")]
 MaxMemory = Annotated[
     str,
     typer.Option("--max-memory", metavar="SIZE", help="Bytes all buffers may hold together: 512MiB, 2GB."),
 ]
 Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Threads. Default: two per core, at most 8.")
+    int | None,
+    typer.Option("--workers", metavar="N", min=1, help="Threads. Default: two per core, at most 8."),
 ]
 Config = Annotated[
     Path | None,
     typer.Option(
         "--config",
+        metavar="PATH",
         readable=False,
         help="The model's config.json, or the directory with it, whose tokenizer is carried over, too.",
     ),
 ]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help=f"What weights are cast to: one of {', '.join(DTYPES)}.",
+        autocompletion=lambda incomplete: completing(DTYPES)(incomplete),
+    ),
+]
 _MEMORY = "1GiB"
+_METAVARS: Mapping[type, str] = {int: "N", Path: "PATH"}
 
 
 class Reading(NamedTuple):
@@ -157,7 +171,12 @@ def _parameter(option: Option) -> inspect.Parameter:
     kind: Any = str if option.kind is Size else option.kind
     default = size_text(option.default) if option.kind is Size else option.default
     about = typer.Option(
-        *option.flags, help=option.help, metavar=option.metavar, min=option.minimum, readable=False
+        *option.flags,
+        help=option.help + (f" One of {', '.join(option.choices)}." if option.choices else ""),
+        metavar=option.metavar or _METAVARS.get(option.kind),
+        min=option.minimum,
+        readable=False,
+        autocompletion=completing(option.choices) if option.choices else None,
     )
     if default is None:
         kind = kind | None
@@ -167,6 +186,16 @@ def _parameter(option: Option) -> inspect.Parameter:
         default=default,
         annotation=Annotated[kind, about],
     )
+
+
+def completing(choices: Iterable[str]) -> Callable[[str], list[str]]:
+    """What a shell offers for a value that has been begun."""
+    known = tuple(choices)
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in known if choice.startswith(incomplete)]
+
+    return complete
 
 
 def parse_size(text: str) -> int:

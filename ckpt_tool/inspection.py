@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.canonical import Box, Checkpoint, ExpertName, Region, Role, Tensor
 from ckpt_tool.containers.decoded import real_file
 from ckpt_tool.families import is_expert
+from ckpt_tool.formats.deepspeed.facts.names import AUTOEP_OF, expert_parameter
 from ckpt_tool.geometry import pieces
 
 
@@ -69,10 +73,13 @@ def _experts_in_sight(checkpoint: Checkpoint) -> list[str]:
 
 
 def tensor_rows(checkpoint: Checkpoint, pattern: str) -> list[dict[str, Any]]:
-    """One row per tensor and state whose name matches the glob; experts as stacks, or by their number."""
+    """One row per tensor and state with a name that matches the glob: its own, one expert's of a stack,
+    the engine's, or a further name that the checkpoint records."""
     rows = []
+    names = _Names(checkpoint)
+    matches = re.compile(fnmatch.translate(pattern)).match
     for tensor in checkpoint.tensors:
-        if not _matches(tensor, pattern):
+        if not any(map(matches, names.of(tensor))):
             continue
         files = sorted({real_file(region.file) for region in tensor.regions})
         rows.append(
@@ -89,18 +96,47 @@ def tensor_rows(checkpoint: Checkpoint, pattern: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _matches(tensor: Tensor, pattern: str) -> bool:
-    if fnmatch.fnmatchcase(str(tensor.name), pattern):
-        return True
-    name = tensor.name
-    if not isinstance(name, ExpertName):
-        return False
-    return any(fnmatch.fnmatchcase(name.expert(e), pattern) for e in range(tensor.shape[0]))
+class _Names:
+    """Under which names a tensor may be asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._layers = {layer.layer_path: layer for layer in checkpoint.moe_layers}
+        self._aliases: dict[str, list[str]] = {}
+        for alias, name in checkpoint.aliases.items():
+            self._aliases.setdefault(name, []).append(alias)
+
+    def of(self, tensor: Tensor) -> Iterator[str]:
+        name = tensor.name
+        yield str(name)
+        if isinstance(name, str):
+            yield from self._aliases.get(name, ())
+            return
+        if name.layer_path in self._layers and name.projection in AUTOEP_OF:
+            yield expert_parameter(name, self._layers)
+        for expert in range(tensor.shape[0]):
+            yield name.expert(expert)
 
 
-def expert_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def no_tensor(checkpoint: Checkpoint, pattern: str) -> str:
+    """What to say where no tensor matches: the names that are most like the pattern."""
+    names = dict.fromkeys([*(str(tensor.name) for tensor in checkpoint.tensors), *checkpoint.aliases])
+    wanted = pattern.replace("*", "")
+    near = difflib.get_close_matches(wanted, names, 3, 0.4) or list(names)[:3]
+    near = [name for name in names if wanted and wanted in name][:3] or near
+    return (
+        f"No tensor matches {pattern!r}. Names here are like {', '.join(near)}; a glob matches the whole "
+        "name, so write *part* for a part of it."
+    )
+
+
+def expert_rows(checkpoint: Checkpoint, pattern: str = "*:*") -> list[dict[str, Any]]:
     """One row per layer and expert: the EP rank that holds it, the global ranks of its EDP group, files.
-    The ranks are None and empty where nothing tells the EP size."""
+    The ranks are None and empty where nothing tells the EP size.
+
+    Args:
+        pattern: ``LAYER:EXPERT``, two globs: ``3:*`` are all experts of layer 3.
+    """
+    of_layer, _, of_expert = pattern.partition(":")
     stacks: dict[str, Tensor] = {}
     for tensor in checkpoint.tensors:
         if isinstance(tensor.name, ExpertName):
@@ -112,7 +148,8 @@ def expert_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         ranks_of.setdefault(ep_rank, []).append(rank)
     for layer in checkpoint.moe_layers:
         stack = stacks.get(layer.layer_path)
-        if stack is None:
+        number = layer.layer_path.rsplit(".", 1)[-1]
+        if stack is None or not fnmatch.fnmatchcase(number, of_layer):
             continue
         size = stack.numel // stack.shape[0]
         holders_of: dict[int, list[int]] = {}
@@ -121,13 +158,15 @@ def expert_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
                 holders_of.setdefault(expert, []).append(ep_rank)
         by_expert = _by_expert(stack)
         for expert in range(layer.num_experts):
+            if not fnmatch.fnmatchcase(str(expert), of_expert):
+                continue
             holders = holders_of.get(expert, [])
             ranks = sorted(rank for ep_rank in holders for rank in ranks_of.get(ep_rank, ()))
             held = stack if by_expert is None else replace(stack, regions=by_expert.get(expert, []))
             found = pieces(held, expert * size, size)
             rows.append(
                 {
-                    "layer": int(layer.layer_path.rsplit(".", 1)[-1]),
+                    "layer": int(number),
                     "expert": expert,
                     "ep_rank": (holders[0] if len(holders) == 1 else (holders or None)) if known else None,
                     "edp_ranks": ranks,
@@ -237,4 +276,45 @@ def expert_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _files(files: list[str]) -> str:
-    return ", ".join(files[:2]) + (f" and {len(files) - 2} more" if len(files) > 2 else "")
+    """Files for people: those that differ in one number are one, ``rank_{0-7}.pt``."""
+    found = list(_together(files))
+    return ", ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
+
+
+def _together(files: list[str]) -> Iterator[str]:
+    """Runs of files, in their order, whose names differ in the same one number and nothing else."""
+    run: list[list[str]] = []  # each name cut into text and numbers, by turns
+    place: int | None = None
+    for parts in (re.split(r"(\d+)", file) for file in files):
+        differs = [i for i, (a, b) in enumerate(zip(run[-1], parts, strict=False)) if a != b] if run else []
+        alike = bool(run) and len(parts) == len(run[-1]) and len(differs) == 1 and differs[0] % 2 == 1
+        if alike and place in (None, differs[0]):
+            place = differs[0]
+        else:
+            yield from _as_one(run, place)
+            run, place = [], None
+        run.append(parts)
+    yield from _as_one(run, place)
+
+
+def _as_one(run: list[list[str]], place: int | None) -> Iterator[str]:
+    if not run:
+        return
+    if place is None:
+        yield "".join(run[0])
+        return
+    numbers = ",".join(_ranges([parts[place] for parts in run]))
+    yield "".join([*run[0][:place], "{", numbers, "}", *run[0][place + 1 :]])
+
+
+def _ranges(numbers: list[str]) -> Iterator[str]:
+    """``0 1 2 5`` -> ``0-2``, ``5``."""
+    ordered = sorted(numbers, key=int)
+    first = last = ordered[0]
+    for number in [*ordered[1:], None]:
+        if number is not None and int(number) == int(last) + 1:
+            last = number
+            continue
+        yield first if first == last else f"{first}-{last}"
+        if number is not None:
+            first = last = number

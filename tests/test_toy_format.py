@@ -63,7 +63,7 @@ def test_it_is_written_and_read(tmp_path: Path) -> None:
 
 def test_the_command_line_shows_it_and_its_option(tmp_path: Path) -> None:
     shown = " ".join(run_with_toy("convert", "--help").stdout.split())
-    assert "dcp, hf or toy." in shown
+    assert "dcp, hf, toy." in shown
     assert "--motto WORDS toy: words that are kept in the file." in shown
     done = run_with_toy("convert", MIXTRAL, tmp_path / "toy", "--to", "toy", "--motto", "bits", "--quiet")
     assert (done.rc, done.stderr) == (0, "")

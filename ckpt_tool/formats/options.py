@@ -5,9 +5,12 @@ Nothing heavy is imported here: ``convert --help`` reads the declarations of all
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ckpt_tool.errors import UsageError
 
 
 class Size(int):
@@ -19,7 +22,8 @@ class Option(NamedTuple):
 
     ``name`` is the keyword of ``api.convert``; ``flags`` are those of the command line, of which messages
     name the first. ``kind`` is what a value is; an option that is a bool is a flag without a value.
-    ``minimum`` bounds an int. A value of None or False, and the default, count as not given.
+    ``minimum`` bounds an int, ``choices`` are all values that a str may have. A value of None or False, and
+    the default, count as not given.
     """
 
     name: str
@@ -29,6 +33,7 @@ class Option(NamedTuple):
     default: Any = None
     metavar: str | None = None
     minimum: int | None = None
+    choices: tuple[str, ...] = ()
 
     @property
     def flag(self) -> str:
@@ -36,6 +41,19 @@ class Option(NamedTuple):
 
     def is_given(self, value: object) -> bool:
         return value is not None and value is not False and value != self.default
+
+
+def refuse_unknown(flag: str, value: str, choices: Iterable[str]) -> None:
+    """Raises:
+    UsageError: ``value`` is none of ``choices``; it names them, and the one that is spelt like it.
+    """
+    known = list(choices)
+    if value in known:
+        return
+    close = difflib.get_close_matches(value, known, 1)
+    meant = f" Did you mean {close[0]}?" if close else ""
+    *first, last = known
+    raise UsageError(f"{flag} {value!r} is unknown.{meant} Known are {', '.join(first)} and {last}.")
 
 
 # Of every format with ranks.
@@ -50,6 +68,10 @@ WEIGHTS_ONLY = Option("weights_only", ("--weights-only",), bool, "Leave optimize
 # What every record of a conversion names, in this order, whether the target takes it or not: a run that an
 # earlier version began is gone on with. A format's further options follow.
 _ALWAYS_RECORDED = ("max_shard_bytes", "keep_groups", "ep", "world", "style", "hf_layout", "weights_only")
+
+
+# What ``--dtype`` may name.
+DTYPES = ("keep", "fp32", "bf16", "fp16")
 
 
 def united(options: Iterable[Option]) -> tuple[Option, ...]:

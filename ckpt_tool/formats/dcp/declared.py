@@ -10,7 +10,14 @@ from ckpt_tool.formats.options import EP, LIKE, WEIGHTS_ONLY, WORLD, Option
 if TYPE_CHECKING:
     from ckpt_tool.formats.dcp.format import Dcp
 
-STYLE = Option("style", ("--style",), str, "dcp: torchtitan, accelerate, transformers, veomni or plain.")
+STYLE = Option(
+    "style",
+    ("--style",),
+    str,
+    "dcp: whose keys and layout are written. Default: the source's, else plain.",
+    metavar="STYLE",
+    choices=("torchtitan", "accelerate", "transformers", "veomni", "plain"),
+)
 
 
 def _dcp() -> Dcp:

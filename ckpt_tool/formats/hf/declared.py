@@ -16,7 +16,9 @@ HF_LAYOUT = Option(
     "hf_layout",
     ("--hf-layout",),
     str,
-    "hub (as published, the default) or fused (as transformers holds it).",
+    "Experts as published (hub, the default), or as transformers holds them in memory (fused).",
+    metavar="LAYOUT",
+    choices=("hub", "fused"),
 )
 MAX_SHARD_BYTES = Option(
     "max_shard_bytes",

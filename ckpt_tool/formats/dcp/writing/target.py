@@ -42,6 +42,7 @@ from ckpt_tool.formats.dcp.writing.names import TITAN, Styled, dialect_of, style
 from ckpt_tool.formats.dcp.writing.options import dropped_options, merged_groups, own_options
 from ckpt_tool.formats.dcp.writing.target_options import DcpOptions
 from ckpt_tool.formats.hf.writing import config_in, most_used
+from ckpt_tool.formats.options import refuse_unknown
 from ckpt_tool.layout import Layout, LazyFiles, LeftOut, Maker, TargetFile, given, left_out, text_file
 
 SCHEMES: Mapping[str, Scheme] = {
@@ -87,8 +88,8 @@ def _check_options(checkpoint: Checkpoint, options: DcpOptions) -> None:
             )
         if options.world or options.ep or options.style:
             raise UsageError("--like says it all; leave out --world, --ep and --style.")
-    if options.style is not None and options.style not in SCHEMES:
-        raise UsageError(f"--style {options.style!r} is not one of {', '.join(SCHEMES)}.")
+    if options.style is not None:
+        refuse_unknown("--style", options.style, SCHEMES)
 
 
 def _scheme(checkpoint: Checkpoint, options: DcpOptions, ep: int) -> Scheme:
