@@ -162,11 +162,7 @@ def inspect(
 
 @app.command(
     short_help="Write a checkpoint in another format.",
-    epilog=_examples(
-        "convert run/checkpoints universal --to universal",
-        "convert run/checkpoints fsdp --to dcp --world 8 --config path/to/model",
-        "convert path/to/model start --to zero3 --ep 8 --world 64 --ds-config ds_config.json",
-    ),
+    epilog=_examples(*(f"convert {target.example}" for target in targets().values() if target.example)),
 )
 @spread(*all_options())
 def convert(
@@ -222,7 +218,7 @@ def reshard(src: Source, dst: Destination, given: Given, run: Writing) -> None:
 
 
 @app.command(
-    short_help="Write safetensors for from_pretrained.",
+    short_help="Write a model as it is published.",
     epilog=_examples(
         "consolidate run/checkpoints model --config path/to/model",
         "consolidate run/checkpoints model --config path/to/model --dtype bf16",

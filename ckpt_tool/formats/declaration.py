@@ -17,6 +17,7 @@ class Target(NamedTuple):
     ``to`` is what ``--to`` calls it. ``options`` are all that it takes beside those of every conversion.
     ``resharded``: a checkpoint of it is of a number of ranks, and can be written for another.
     ``published``: it is a model as it is published, config.json and tokenizer included.
+    ``example``: arguments of ``convert`` for its help.
     ``load`` imports the code.
     """
 
@@ -25,6 +26,7 @@ class Target(NamedTuple):
     options: tuple[Option, ...] = ()
     resharded: bool = False
     published: bool = False
+    example: str = ""
 
     def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Each option by name with the value given, or its default where that is None or missing."""

@@ -26,4 +26,14 @@ def _dcp() -> Dcp:
     return Dcp()
 
 
-DCP = Format("torch-dcp", _dcp, Target("dcp", _dcp, (EP, WORLD, LIKE, WEIGHTS_ONLY, STYLE), resharded=True))
+DCP = Format(
+    "torch-dcp",
+    _dcp,
+    Target(
+        "dcp",
+        _dcp,
+        (EP, WORLD, LIKE, WEIGHTS_ONLY, STYLE),
+        resharded=True,
+        example="run/checkpoints fsdp --to dcp --world 8 --config path/to/model",
+    ),
+)

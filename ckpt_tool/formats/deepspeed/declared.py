@@ -67,9 +67,26 @@ def _zero1_target() -> TargetFormat[Any]:
 
 
 UNIVERSAL = Format(
-    "deepspeed-universal", _universal, Target("universal", _universal, (KEEP_GROUPS, WEIGHTS_ONLY))
+    "deepspeed-universal",
+    _universal,
+    Target(
+        "universal",
+        _universal,
+        (KEEP_GROUPS, WEIGHTS_ONLY),
+        example="run/checkpoints universal --to universal",
+    ),
 )
-ZERO3 = Format("deepspeed-zero3", _zero3, Target("zero3", _zero3_target, _ZERO, resharded=True))
+ZERO3 = Format(
+    "deepspeed-zero3",
+    _zero3,
+    Target(
+        "zero3",
+        _zero3_target,
+        _ZERO,
+        resharded=True,
+        example="path/to/model start --to zero3 --ep 8 --world 64 --ds-config ds_config.json",
+    ),
+)
 ZERO2 = Format("deepspeed-zero2", _zero12, Target("zero2", _zero2_target, _ZERO, resharded=True))
 ZERO1 = Format("deepspeed-zero1", None, Target("zero1", _zero1_target, _ZERO, resharded=True))
 ZERO0 = Format("deepspeed-zero0", _zero0)
