@@ -205,6 +205,11 @@ class Scalar:
     dtype: DType | None
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two values that files state are the same. NaN is, which in Python equals nothing."""
+    return bool(one == other) or repr(one) == repr(other)
+
+
 @dataclass(frozen=True, slots=True)
 class ParamGroup:
     """One optimizer parameter group: its options (lr, betas, ...) and its parameters in order."""

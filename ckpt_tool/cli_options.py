@@ -198,15 +198,20 @@ def completing(choices: Iterable[str]) -> Callable[[str], list[str]]:
     return complete
 
 
+_LARGEST_SIZE = 1 << 62  # bytes; no file, and no memory, is larger
+
+
 def parse_size(text: str) -> int:
     """``1GiB``, ``512MiB``, ``5GB``, ``1000000`` -> bytes."""
     from ckpt_tool.errors import UsageError
 
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise UsageError(f"{text!r} is not a size. Write it like 512MiB, 2GB or 1000000.")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
+    if match is not None:
+        base = 1024 if match[3] else 1000
+        size = float(match[1]) * base ** " kmgt".index(match[2].lower() or " ")
+        if size < _LARGEST_SIZE:
+            return int(size)
+    raise UsageError(f"{text!r} is not a size. Write it like 512MiB, 2GB or 1000000.")
 
 
 def size_text(nbytes: int | None) -> str | None:

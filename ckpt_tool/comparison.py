@@ -16,6 +16,7 @@ from ckpt_tool.canonical import (
     ExpertName,
     Tensor,
     TensorName,
+    same,
 )
 from ckpt_tool.containers.decoded import real_file
 from ckpt_tool.errors import UsageError
@@ -252,7 +253,7 @@ def _scalars(a: Checkpoint, b: Checkpoint) -> list[Difference]:
     if all(stateful) or (a.scalars and b.scalars):
         for name, state in sorted(set(a.scalars) | set(b.scalars), key=str):
             one, other = a.scalars.get((name, state)), b.scalars.get((name, state))
-            if one != other:
+            if not same(one, other):
                 differences.append(
                     Difference(
                         "scalar",
@@ -269,7 +270,7 @@ def _scalars(a: Checkpoint, b: Checkpoint) -> list[Difference]:
         message = f"the scheduler is {one!r} in the first, {other!r} in the second"
         differences.append(Difference("scalar", "lr_scheduler", message))
     for key in sorted(set(a.training.counters) & set(b.training.counters)):
-        if a.training.counters[key] != b.training.counters[key]:
+        if not same(a.training.counters[key], b.training.counters[key]):
             differences.append(
                 Difference(
                     "scalar",
@@ -304,4 +305,4 @@ def _same_option(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(_same_option, one, other))
     if not isinstance(one, _PLAIN) or not isinstance(other, _PLAIN):
         return True
-    return one == other or repr(one) == repr(other)
+    return same(one, other)

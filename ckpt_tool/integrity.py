@@ -14,7 +14,7 @@ from isal import isal_zlib
 
 from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.comparison import Verdict
-from ckpt_tool.errors import CkptToolError, MismatchError
+from ckpt_tool.errors import CkptToolError, MismatchError, UnreadableError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.execute.threads import in_parallel
@@ -128,11 +128,16 @@ def _manifest(manifest: Manifest, reader: Reader) -> tuple[list[_Stretch], list[
     notes: list[str] = []
     own = {top for top, slash, _ in (file.path.partition("/") for file in manifest.files) if slash}
     for file in manifest.files:
-        later = _later_tag(reader, file.path, own)
+        try:
+            size = reader.size(file.path)
+        except UnreadableError as error:
+            differences.append(Difference("checksum", file.path, str(error)))
+            continue
+        later = _later_tag(reader, file.path, size, own)
         if later is not None:
             notes.append(f"{file.path} names {later}, which was saved afterwards.")
-        elif _size(reader, file.path) != file.size:
-            message = f"{file.path} is missing or not of {file.size} bytes, which {MANIFEST} states"
+        elif size != file.size:
+            message = f"{file.path} has {size} bytes, {MANIFEST} states {file.size}"
             differences.append(Difference("checksum", file.path, message))
         elif (gap := _untold(file)) is not None:
             message = f"{file.path}: {MANIFEST} has no checksum, or two, of the bytes from {gap} on"
@@ -154,11 +159,11 @@ def _manifest(manifest: Manifest, reader: Reader) -> tuple[list[_Stretch], list[
     return stretches, differences, notes
 
 
-def _later_tag(reader: Reader, path: str, own: Collection[str]) -> str | None:
+def _later_tag(reader: Reader, path: str, size: int, own: Collection[str]) -> str | None:
     """The tag that a file such as ``latest`` names, where an engine saved it beside the manifest's own."""
-    if path not in TAG_FILES or not 0 < (_size(reader, path) or 0) <= _LONGEST_TAG:
+    if path not in TAG_FILES or not 0 < size <= _LONGEST_TAG:
         return None
-    tag = reader.read(path, 0, reader.size(path)).decode(errors="replace").strip()
+    tag = reader.read(path, 0, size).decode(errors="replace").strip()
     return tag if tag and "/" not in tag and tag not in own and reader.is_directory(tag) else None
 
 
@@ -189,13 +194,6 @@ def _archives(
     if not unchecked:
         return stretches, []
     return stretches, [f"{unchecked} records were saved without a CRC-32 and could not be checked by it."]
-
-
-def _size(reader: Reader, path: str) -> int | None:
-    try:
-        return reader.size(path)
-    except CkptToolError:
-        return None
 
 
 def _all_files(reader: Reader, directory: str = "") -> Iterator[str]:

@@ -137,13 +137,16 @@ class LocalReader:
                 raise reading_failed(self._root / path, error) from error
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        with self._handle(path) as fd, contextlib.suppress(OSError):
-            data = os.pread(fd, length, offset)
-            if len(data) == length:
-                return data
-        buffer = bytearray(length)  # in several parts, or to tell why not
-        self.read_into(path, offset, memoryview(buffer))
-        return bytes(buffer)
+        with self._handle(path) as fd:
+            try:
+                data = os.pread(fd, length, offset)
+            except OSError as error:
+                raise reading_failed(self._root / path, error) from error
+        if len(data) == length:
+            return data
+        rest = bytearray(length - len(data))  # storage may give less at once, or the file ends
+        self.read_into(path, offset + len(data), memoryview(rest))
+        return data + rest
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         done = 0

@@ -514,6 +514,13 @@ def test_the_directory_above_some_checkpoints_names_them(run: Runner, tmp_path: 
             {"train_batch_size": 8, "zero_optimization": {"stage": 2}},
             "has ZeRO stage 2, the target is zero3",
         ),
+        *(
+            (
+                {"train_batch_size": 8, "zero_optimization": {"stage": 3, "sub_group_size": size}},
+                "a number of elements was expected",
+            )
+            for size in ("auto", float("inf"), float("nan"), 0, True)
+        ),
     ],
 )
 def test_a_ds_config_that_is_another_files_or_of_another_stage_is_refused(
@@ -523,6 +530,14 @@ def test_a_ds_config_that_is_another_files_or_of_another_stage_is_refused(
     done = run("convert", MIXTRAL, tmp_path / "out", "--to", "zero3", "--ds-config", tmp_path / "ds.json")
     assert done.rc == 2
     assert words in done.stderr
+
+
+@pytest.mark.parametrize("size", ["9" * 400, "1" + "0" * 5000, "1e9", "-1", "", "5EiB", "8388608TiB"])
+def test_a_size_that_is_none_is_refused(size: str, run: Runner) -> None:
+    done = run("inspect", MIXTRAL, "--check", f"--max-memory={size}")
+    assert done.rc == 2
+    assert "is not a size" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_consolidate_into_transformers_own_layout(run: Runner, tmp_path: Path) -> None:

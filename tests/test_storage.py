@@ -1,14 +1,19 @@
-"""Reading many small things: in order, and at once where they are waited for."""
+"""Reading small things: whole or not at all; many in their order, and at once where they are waited for."""
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ckpt_tool.errors import UnreadableError
-from ckpt_tool.storage import read_each
+from ckpt_tool.errors import ExecutionError, UnreadableError
+from ckpt_tool.storage import LocalReader, read_each
 
 
 @pytest.mark.parametrize("wait", [0.0, 0.005])
@@ -45,3 +50,49 @@ def test_the_first_failure_is_raised(wait: float) -> None:
 
     with pytest.raises(UnreadableError, match="forty"):
         read_each(one, range(100))
+
+
+# ---- one small read
+
+
+def reads(monkeypatch: pytest.MonkeyPatch, most: int, fails_at: int | None) -> list[int]:
+    """What the system gives at once, ``most`` bytes, and the call that fails; the calls so far."""
+    calls: list[int] = []
+
+    def limited(original: Callable[..., Any], cut: Callable[[Any], Any]) -> Callable[..., Any]:
+        def call(descriptor: int, wanted: Any, offset: int) -> Any:
+            calls.append(offset)
+            if len(calls) - 1 == fails_at:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return original(descriptor, cut(wanted), offset)
+
+        return call
+
+    monkeypatch.setattr(os, "pread", limited(os.pread, lambda length: min(length, most)))
+    monkeypatch.setattr(os, "preadv", limited(os.preadv, lambda buffers: [buffers[0][:most]]))
+    return calls
+
+
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_storage_that_gives_less_at_once(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"0123456789")
+    calls = reads(monkeypatch, most, None)
+    reader = LocalReader(tmp_path)
+    assert reader.read("a", 2, 7) == b"2345678"
+    assert calls == list(range(2, 9, most))
+    with pytest.raises(UnreadableError, match="the file ends at 10"):
+        reader.read("a", 5, 6)
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_a_read_that_fails_is_not_tried_again(
+    fails_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a disk gives the second time, it may not give the third; and the user has to know of it."""
+    (tmp_path / "a").write_bytes(b"0123456789")
+    calls = reads(monkeypatch, 3, fails_at)
+    with pytest.raises(ExecutionError, match=r"a cannot be read: Input/output error"):
+        LocalReader(tmp_path).read("a", 0, 10)
+    assert len(calls) == fails_at + 1

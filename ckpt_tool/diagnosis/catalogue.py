@@ -39,6 +39,14 @@ def optimizer_steps(case: Case) -> Iterator[Finding]:
         "Take another copy or checkpoint, or resume with the weights alone.",
     )
     training = case.checkpoint.training
+    if isinstance(training.step, float) and not math.isfinite(training.step):
+        yield Finding(
+            "step",
+            Severity.ERROR,
+            f"The run's step is no count: {training.step}.",
+            "What a run does by its step (schedules, saves, the end) goes wrong, or the load fails.",
+            "Take another copy or checkpoint: the file is damaged, or was changed by a tool.",
+        )
     skipped = training.counters.get("skipped_steps", 0)
     skipped = skipped if isinstance(skipped, int) else 0
     done = training.step - skipped if isinstance(training.step, int) else None
@@ -61,7 +69,8 @@ def optimizer_steps(case: Case) -> Iterator[Finding]:
             "set step to the run's count in every group.",
             tuple(f"{name} ({step:g})" for name, step in ahead.items()),
         )
-    counts = {step: [str(n) for n, one in steps.items() if one == step] for step in set(steps.values())}
+    sound = {name: step for name, step in steps.items() if name not in wrong}
+    counts = {step: [str(n) for n, one in sound.items() if one == step] for step in set(sound.values())}
     usual = max(counts, key=lambda step: len(counts[step]), default=None)
     yield from found(
         "steps_differ",
@@ -73,6 +82,32 @@ def optimizer_steps(case: Case) -> Iterator[Finding]:
         "ZeRO-3 Universal load gives all parameters one and the same step.",
         "See whether these parameters were trained from the start.",
     )
+
+
+def group_options(case: Case) -> Iterable[Finding]:
+    """Numbers that the optimizer takes from the files as they are: nothing checks them after a load."""
+    groups = case.checkpoint.training.param_groups
+    return found(
+        "group_options",
+        Severity.ERROR,
+        "Options of parameter groups are no numbers that an optimizer can use: {}.",
+        [
+            f"{option} of group {number} ({value})"
+            for number, group in enumerate(groups)
+            for option, value in group.options.items()
+            if not all(map(math.isfinite, _floats(value)))
+            or (option == "betas" and not all(0 <= beta < 1 for beta in _floats(value)))
+        ],
+        "A load takes them over: the first step after it makes the weights of these groups NaN.",
+        "Take another copy or checkpoint, or set these options after loading. If the run computed them "
+        "itself, see what its scheduler divides by.",
+    )
+
+
+def _floats(value: object) -> list[float]:
+    """The floats in an option: itself, or members of a tuple such as ``betas``."""
+    members = value if isinstance(value, tuple | list) else (value,)
+    return [member for member in members if isinstance(member, float)]
 
 
 def experts_of_the_config(case: Case) -> Iterable[Finding]:
@@ -181,6 +216,16 @@ def loss_scale(case: Case) -> Iterator[Finding]:
             "Load it as Universal (`ckpt-tool convert --to universal`), which keeps the run's own scaler.",
         )
     least, current = state.get("min_scale"), state.get("cur_scale")
+    if isinstance(current, float) and not (math.isfinite(current) and current > 0):
+        yield Finding(
+            "loss_scale",
+            Severity.ERROR,
+            f"The loss scale is {current:g}, which no loss can be scaled by.",
+            "All gradients after the load are NaN or zero: no step is made any more.",
+            "Take another copy or checkpoint, or load it as Universal (`ckpt-tool convert --to "
+            "universal`), which keeps the run's own scaler.",
+        )
+        return
     if isinstance(least, int | float) and isinstance(current, int | float) and current <= least:
         yield Finding(
             "loss_scale",
@@ -234,6 +279,7 @@ def weights_without_optimizer(case: Case) -> Iterator[Finding]:
 
 CHECKS: tuple[Check, ...] = (
     optimizer_steps,
+    group_options,
     experts_of_the_config,
     agrees_with_the_config,
     expert_parallel_size,

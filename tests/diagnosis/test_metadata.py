@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -50,10 +51,76 @@ def test_one_sub_group_at_another_step(w4e4: Path) -> None:
     assert "model.layers.0.experts.*.gate.weight (1)" in found.subjects
 
 
+def replaced(value: Any, key: str, new: float) -> Any:
+    """A structure with the number ``key`` set to another wherever it stands; classes stay as they are."""
+    if isinstance(value, dict):
+        for name, held in value.items():
+            if name == key and isinstance(held, torch.Tensor):
+                held.fill_(new)
+            elif name == key and isinstance(held, int | float):
+                value[name] = new
+            else:
+                replaced(held, key, new)
+    elif isinstance(value, list | tuple):
+        for member in value:
+            replaced(member, key, new)
+    return value
+
+
+def everywhere(directory: Path, key: str, new: float) -> None:
+    for path in directory.rglob("*.pt"):
+        edit(path, lambda content: replaced(content, key, new))
+
+
+STAGES = ["mixtral_w4e4", "mixtral_z2_w4e2", "mixtral_z1_bf16_w2e2", "mixtral_z0_w2e2"]
+
+
 def test_a_step_that_is_no_count(w4e4: Path) -> None:
     for rank in range(4):
         flats(w4e4 / optim(rank), lambda _, states: states[0]["step"].fill_(-1))
     assert "model.embed_tokens.weight (-1.0)" in one(w4e4, "step", W4E4).subjects
+
+
+@pytest.mark.parametrize("step", [math.nan, math.inf])
+@pytest.mark.parametrize("name", STAGES)
+def test_a_step_that_is_nan_on_all_ranks(name: str, step: float, tmp_path: Path) -> None:
+    """NaN equals nothing, itself included; ranks agree on it all the same. What is made of it has it."""
+    tag = copy_fixture(name, tmp_path)
+    everywhere(tag, "step", step)
+    said = f"model.embed_tokens.weight ({step})"
+    assert said in one(tag, "step").subjects
+    for to in ("universal", "dcp"):
+        api.convert(tag, tmp_path / to, to=to, config=config_of(name))
+        assert said in one(tmp_path / to, "step").subjects
+        assert api.verify(tmp_path / to, tag, config=config_of(name)).passed
+
+
+@pytest.mark.parametrize("name", ["mixtral_w4e4", "mixtral_fp16_w2e1"])
+@pytest.mark.parametrize("step", [math.nan, math.inf])
+def test_a_run_whose_step_is_no_count(name: str, step: float, tmp_path: Path) -> None:
+    tag = copy_fixture(name, tmp_path)
+    everywhere(tag, "global_steps", step)
+    assert f"The run's step is no count: {step}" in one(tag, "step").message
+
+
+@pytest.mark.parametrize("option", ["lr", "eps", "weight_decay"])
+@pytest.mark.parametrize("name", STAGES)
+def test_an_option_of_a_group_that_is_nan(option: str, name: str, tmp_path: Path) -> None:
+    tag = copy_fixture(name, tmp_path)
+    everywhere(tag, option, math.nan)
+    assert f"{option} of group 0 (nan)" in one(tag, "group_options").subjects
+
+
+def test_a_beta_that_is_one(w4e4: Path) -> None:
+    for rank in range(4):
+        edit(
+            w4e4 / optim(rank),
+            lambda root: [
+                group.update(betas=(0.9, 1.0))
+                for group in root["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"]
+            ],
+        )
+    assert "betas of group 0 ((0.9, 1.0))" in one(w4e4, "group_options").subjects
 
 
 def test_fewer_experts_than_the_config_says(w4e4: Path, tmp_path: Path) -> None:
@@ -133,6 +200,17 @@ def test_a_loss_scale_at_its_least(tmp_path: Path) -> None:
             lambda root: setattr(root["optimizer_state_dict"]["loss_scaler"], "cur_scale", 1.0),
         )
     assert "down to 1, its least" in one(tag, "loss_scale").message
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 0.0])
+def test_a_loss_scale_that_is_none(scale: float, tmp_path: Path) -> None:
+    tag = copy_fixture("mixtral_fp16_w2e1", tmp_path)
+    for rank in range(2):
+        edit(
+            tag / optim(rank),
+            lambda root: setattr(root["optimizer_state_dict"]["loss_scaler"], "cur_scale", scale),
+        )
+    assert f"The loss scale is {scale:g}" in one(tag, "loss_scale").message
 
 
 def test_a_directory_named_after_another_step(w4e4: Path) -> None:

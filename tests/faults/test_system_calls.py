@@ -38,7 +38,6 @@ HARMLESS = {
     "close": "what was read was read, and unfinished files are written again",
     "lstat": "os.path.realpath takes a path as it stands where it cannot look",
     "mkdir": "the directory was there already",
-    "pread": "a small read is tried once more, as a large one",
     "listdir": "a directory beside the checkpoint that cannot be looked into is named as unknown",
     "stat": "as above",
     "open": "a reader that may open no more files closes others, and tries again",

@@ -27,6 +27,7 @@ from ckpt_tool.canonical import (
     Tensor,
     TensorName,
     TrainingState,
+    same,
 )
 from ckpt_tool.containers.dcp_metadata import METADATA, Path, Stored
 from ckpt_tool.containers.pickle_records import Unread
@@ -301,7 +302,7 @@ class _Catalogue:
         for fqn, given in names.items():
             first = first_of.setdefault(given[0], fqn)
             ours, theirs = kept.get(fqn, {}), kept.get(first, {})
-            if ours != theirs or group_of.get(fqn) != group_of.get(first):
+            if not same(ours, theirs) or group_of.get(fqn) != group_of.get(first):
                 raise MismatchError(
                     f"{self._reader.root}: {fqn} and {first} are experts of one layer, which are converted "
                     f"together, and differ in their optimizer states ({_described(ours)} and "
@@ -387,7 +388,8 @@ class _Catalogue:
         candidates += [others.get("step"), others.get("global_step")]
         if "trainer_state.json" in self._reader.list():
             candidates.append(_json(self._reader, "trainer_state.json").get("global_step"))
-        steps = [scalar.value for (_, kind), scalar in self._entries.scalars.items() if kind == STEP]
+        known = [scalar.value for (_, kind), scalar in self._entries.scalars.items() if kind == STEP]
+        steps = [step for step in known if math.isfinite(step)]
         candidates += [int(max(steps))] if steps else []
         return next((step for step in candidates if isinstance(step, int)), None)
 

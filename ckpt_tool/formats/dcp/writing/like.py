@@ -231,7 +231,7 @@ class _Filler:
             self._kept.append(key)
             return own
         whole = own.dtype is not None and not own.dtype.is_float
-        if not isinstance(value, int | float) or (whole and int(value) != value):
+        if not isinstance(value, int | float) or (whole and value % 1 != 0):
             raise MismatchError(
                 f"{key} is a number in {self._root} ({own.dtype}), in the source it is not."
             )

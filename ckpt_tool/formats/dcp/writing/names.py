@@ -16,6 +16,7 @@ from ckpt_tool.canonical import (
     Scalar,
     Tensor,
     TensorName,
+    same,
 )
 from ckpt_tool.containers.torch_zip import Inline
 from ckpt_tool.errors import MismatchError, UsageError
@@ -136,7 +137,7 @@ def _add_scalars(found: Styled, namer: _Namer) -> None:
         value = Scalar(scalar.value, scalar.dtype or DType.float32)
         for new in namer.names(name):
             known = found.scalars.setdefault((new, state), value)
-            if known != value:
+            if not same(known, value):
                 raise MismatchError(
                     f"{state} is {value.value} for {name} and {known.value} for another part of {new}, "
                     "which is one parameter in the target run."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from ckpt_tool.canonical import same
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.partition import partition_size
 from ckpt_tool.formats.deepspeed.reading.autoep import AutoEP
@@ -197,7 +198,7 @@ class Placement:
                     f"{self._root}/{files.optim_file} has states {sorted(mine)} for sub-group "
                     f"{index}, {other.optim_file} has {sorted(their)}."
                 )
-            if files.scalars[index] != other.scalars[index]:
+            if not same(files.scalars[index], other.scalars[index]):
                 raise MismatchError(
                     f"{self._root}/{files.optim_file} is at {_scalars(files, index)}, "
                     f"{other.optim_file} at {_scalars(other, index)}, for the same parameters. The "

@@ -16,7 +16,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_tool.canonical import MASTER, Checkpoint, DType, ParamGroup, Role, Scalar, Tensor, TensorName
+from ckpt_tool.canonical import (
+    MASTER,
+    Checkpoint,
+    DType,
+    ParamGroup,
+    Role,
+    Scalar,
+    Tensor,
+    TensorName,
+    same,
+)
 from ckpt_tool.containers.pickle_records import TensorRecord
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import MismatchError, UnreadableError
@@ -290,7 +300,7 @@ class _Catalogue:
         first = self._files[0]
         for ep_rank, file in enumerate(self._files):
             if [len(group) for group in file.groups] != [len(group) for group in first.groups] or (
-                file.options != first.options
+                not same(file.options, first.options)
             ):
                 raise MismatchError(
                     f"{file.archive.where} and {first.archive.path} have different parameter groups. The "
@@ -302,7 +312,7 @@ class _Catalogue:
 
     def _check_slot(self, name: str, ep_rank: int, slot: _Slot, reference: _Slot) -> None:
         file, first = self._files[ep_rank], self._files[0]
-        if slot.scalars != reference.scalars or set(slot.tensors) != set(reference.tensors):
+        if not same(slot.scalars, reference.scalars) or set(slot.tensors) != set(reference.tensors):
             raise MismatchError(
                 f"{file.archive.where} has {_described(slot)} for {name}, {first.archive.path} has "
                 f"{_described(reference)}. The directory mixes files of different saves. {COPY_AGAIN}"

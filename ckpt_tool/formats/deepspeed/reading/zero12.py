@@ -14,7 +14,15 @@ import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 
-from ckpt_tool.canonical import Apart, Checkpoint, ParamGroup, Scalar, Tensor, TensorName
+from ckpt_tool.canonical import (
+    Apart,
+    Checkpoint,
+    ParamGroup,
+    Scalar,
+    Tensor,
+    TensorName,
+    same,
+)
 from ckpt_tool.errors import CoverageError, MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.flat_groups import FlatGroup, FlatRegions, Fragments
 from ckpt_tool.formats.deepspeed.reading.expert_files import Experts
@@ -229,7 +237,7 @@ class _Catalogue:
     def _add_scalars(self, key: TensorName, part: _Part) -> None:
         for state, scalar in part.scalars.items():
             known = self._scalars.setdefault((key, state), scalar)
-            if known != scalar:
+            if not same(known, scalar):
                 raise MismatchError(
                     f"{part.where}: {state} of {key} is {scalar.value}, on other EP ranks it is "
                     f"{known.value}. The directory mixes files of different saves. {COPY_AGAIN}"
@@ -372,7 +380,7 @@ class _Part:
                 f"{file.where} has states {sorted(mine)} for group {index}, {first.path} has "
                 f"{sorted(theirs)}. The directory mixes files of different saves. {COPY_AGAIN}"
             )
-        if file.scalars[index] != first.scalars[index]:
+        if not same(file.scalars[index], first.scalars[index]):
             raise MismatchError(
                 f"{file.where} is at {_values(file.scalars[index])}, {first.path} at "
                 f"{_values(first.scalars[index])}, for the same parameters. The directory mixes files of "

@@ -28,6 +28,7 @@ from ckpt_tool.canonical import (
     TensorName,
     Topology,
     TrainingState,
+    same,
 )
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.partition import (
@@ -75,7 +76,7 @@ def _check_ranks_agree(reader: Reader, ranks: list[RankFiles]) -> None:
         where = f"{reader.root}/{files.model_file}"
         for key in _COMMON:
             theirs, ours = files.engine.get(key), first.engine.get(key)
-            if theirs != ours:
+            if not same(theirs, ours):
                 raise MismatchError(
                     f"{where} says {key}={theirs!r}, {first.model_file} says {ours!r}. The directory "
                     "mixes files of different saves; copy this checkpoint again from its origin."
@@ -278,7 +279,7 @@ class _Catalogue:
 
     def _add_scalar(self, key: TensorName, state: str, scalar: Scalar, files: RankFiles) -> None:
         known = self._scalars.setdefault((key, state), scalar)
-        if known != scalar:
+        if not same(known, scalar):
             raise MismatchError(
                 f"{self._reader.root}/{files.optim_file}: {state} of {key} is {scalar.value}, on other "
                 f"EP ranks it is {known.value}. The directory mixes files of different saves."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from ckpt_tool.canonical import (
     Scalar,
     Tensor,
     TensorName,
+    same,
 )
 from ckpt_tool.containers.torch_zip import Constant
 from ckpt_tool.errors import MismatchError, UsageError
@@ -159,8 +161,15 @@ class EnginePlan:
 
     def _sub_group_size(self) -> int:
         """Elements at which a sub-group is closed."""
-        size = dict(self.config().get("zero_optimization") or {}).get("sub_group_size")
-        return groups.DEFAULT_SUB_GROUP_SIZE if size is None else int(size)
+        size = self.zero_config().get("sub_group_size")
+        if size is None:
+            return groups.DEFAULT_SUB_GROUP_SIZE
+        if type(size) not in (int, float) or not 1 <= size < math.inf:
+            raise UsageError(
+                f"zero_optimization.sub_group_size in the run's DeepSpeed config is {size!r}; a number of "
+                "elements was expected. Pass --ds-config with the number that the run uses."
+            )
+        return int(size)
 
     def config(self) -> Mapping[str, Any]:
         if self.options.ds_config is not None:
@@ -168,6 +177,10 @@ class EnginePlan:
         if self.options.like is not None:
             return self.options.like.training.config
         return self.checkpoint.training.config
+
+    def zero_config(self) -> Mapping[str, Any]:
+        zero = self.config().get("zero_optimization")
+        return zero if isinstance(zero, Mapping) else {}
 
     def local_numel(self, name: TensorName, ep: int) -> int:
         tensor = self.value_of(name)
@@ -252,7 +265,7 @@ class EnginePlan:
             other = self._scalars.get(name, {})
             for state in sorted(found.keys() | other.keys()):
                 mine, theirs = found.get(state), other.get(state)
-                if mine != theirs:
+                if not same(mine, theirs):
                     raise MismatchError(
                         f"{name} has {state} {theirs.value if theirs else 'none'}, {first} has "
                         f"{mine.value if mine else 'none'}; at the target they share one sub-group, which "

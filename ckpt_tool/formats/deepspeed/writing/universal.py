@@ -29,6 +29,7 @@ from ckpt_tool.canonical import (
     Role,
     Tensor,
     TensorName,
+    same,
 )
 from ckpt_tool.containers.pickle_records import Opaque
 from ckpt_tool.containers.torch_zip import torch_file
@@ -127,7 +128,7 @@ class Universal:
             settings = [_settings(group) for group in groups]
             kept[: len(settings)] = settings
             # Stage 3 copies this one over all groups of the run: right only where all are equal.
-            first = settings[0] if settings and all(one == settings[0] for one in settings) else {}
+            first = settings[0] if settings and all(same(one, settings[0]) for one in settings) else {}
         steps = [scalar for (_, state), scalar in checkpoint.scalars.items() if state == STEP]
         state = {0: {STEP: saved_scalar(steps[0])}} if steps else {}
         return {
@@ -239,7 +240,7 @@ def _notes(checkpoint: Checkpoint, options: UniversalOptions) -> tuple[str, ...]
             "uses the lr the target run starts with; its scheduler sets it from the second step on."
         )
     settings = [_settings(group) for group in training.param_groups]
-    if options.keep_groups and any(one != settings[0] for one in settings):
+    if options.keep_groups and not all(same(one, settings[0]) for one in settings):
         notes.append(
             "--keep-groups: the parameter groups differ in their options. A ZeRO-3 engine would copy the "
             "first over all, so for stage 3 they are left empty and the run keeps its own; stages 1 and 2 "

@@ -108,8 +108,7 @@ class _Plan(EnginePlan):
 
     def check_supported(self) -> None:
         """Refuse what would be laid out in an order that is not computed here."""
-        zero = dict(self.config().get("zero_optimization") or {})
-        if zero.get("round_robin_gradients"):
+        if self.zero_config().get("round_robin_gradients"):
             raise UsageError(
                 "The run's config has round_robin_gradients, which deals parameters out to ranks in "
                 "another order; writing that is not supported. Pass --ds-config with it off."
