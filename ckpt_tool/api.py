@@ -49,6 +49,7 @@ from ckpt_tool.model_files import (
     left_behind,
     read_config,
 )
+from ckpt_tool.opened import Opened as Opened
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader
 from ckpt_tool.sums import own_manifest
@@ -86,7 +87,25 @@ class Result:
 
 
 @told()
-def open(path: PathLike, *, config: PathLike | None = None) -> Checkpoint:
+def open(path: PathLike, *, config: PathLike | None = None) -> Opened:
+    """Open a checkpoint of any format to read from: ``opened.Opened`` has what can be asked for.
+
+    Args:
+        config: the model's ``config.json``, or a directory with it; by default one in the checkpoint's
+            directory or the one above. It tells published names.
+
+    Raises:
+        CkptToolError: it is not read, or the config does not fit.
+    """
+    found, _ = find_config(Path(path), config)
+    reader, checkpoint = open_checkpoint(Path(path))
+    if config is not None:
+        checkpoint = _with_experts(checkpoint, Path(path), config)
+    return Opened(reader, checkpoint, found)
+
+
+@told()
+def catalogue(path: PathLike, *, config: PathLike | None = None) -> Checkpoint:
     """Read the catalogue of a checkpoint: metadata only, whatever its size.
 
     Args:

@@ -116,7 +116,7 @@ def inspect(
     """Say what a checkpoint is: format, topology, sizes, experts, states. Reads metadata only."""
     from ckpt_tool import api, inspection, report
 
-    checkpoint = api.open(src, config=config)
+    checkpoint = api.catalogue(src, config=config)
     found = inspection.overview(checkpoint)
     tensor_rows = inspection.tensor_rows(checkpoint, tensors) if tensors is not None else None
     expert_rows = inspection.expert_rows(checkpoint, experts) if experts is not None else None

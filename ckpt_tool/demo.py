@@ -39,7 +39,7 @@ def _run(checkpoint: Path, config: Path, directory: Path) -> None:
     resharded, universal, model = (directory / name for name in ("resharded", "universal", "model"))
     report.print_fields(
         "1. A checkpoint saved by DeepSpeed AutoEP + ZeRO-3",
-        inspection.overview_lines(inspection.overview(api.open(checkpoint))),
+        inspection.overview_lines(inspection.overview(api.catalogue(checkpoint))),
     )
     _timed(
         "2. Re-sharded: resumes exactly at EP 1 on 2 ranks",

@@ -207,7 +207,7 @@ def test_both_halves_of_an_interleaved_matrix_are_needed() -> None:
         make_plan(Layout((torch_file("out.pt", {"gate": gate, "again": gate}),)), checkpoint)
 
 
-SOURCE = api.open(checkpoint_of("dense_w3")).files[0]._replace(path="f", read=(), archives=())
+SOURCE = api.catalogue(checkpoint_of("dense_w3")).files[0]._replace(path="f", read=(), archives=())
 
 
 def test_others_are_left_out_by_name_where_nobody_writes_them(tmp_path: Path) -> None:

@@ -303,7 +303,7 @@ def test_inspect_counts_what_the_engine_has() -> None:
 
     oracle = load_file(checkpoint_of("mixtral_frozen_w2e1").parent / "oracle" / "fp32.safetensors")
     frozen = load_file(checkpoint_of("mixtral_frozen_w2e1").parent / "oracle" / "frozen.safetensors")
-    found = inspection.overview(api.open(checkpoint_of("mixtral_frozen_w2e1")))
+    found = inspection.overview(api.catalogue(checkpoint_of("mixtral_frozen_w2e1")))
     trained = sum(tensor.numel() for tensor in oracle.values())
     assert found["trained_parameters"] == trained
     assert found["parameters"] == trained + sum(tensor.numel() for tensor in frozen.values())
@@ -349,7 +349,7 @@ def test_the_tensor_table_names_all(run: Runner, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ZERO3 if name != "dense_w3"])
 def test_the_expert_table_is_what_the_layers_metadata_says(name: str) -> None:
-    rows = inspection.expert_rows(api.open(checkpoint_of(name)))
+    rows = inspection.expert_rows(api.catalogue(checkpoint_of(name)))
     tag = checkpoint_of(name) / "global_step2"
     expected = {}
     prefix = "bf16_" if list(tag.glob("bf16_*")) else ""

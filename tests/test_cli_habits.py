@@ -147,7 +147,7 @@ def test_lists_of_files(files: list[str], shown: str) -> None:
     ],
 )
 def test_tensors_are_found_by_the_engines_names_too(pattern: str, names: set[str]) -> None:
-    assert {row["name"] for row in inspection.tensor_rows(api.open(MIXTRAL), pattern)} == names
+    assert {row["name"] for row in inspection.tensor_rows(api.catalogue(MIXTRAL), pattern)} == names
 
 
 def test_a_pattern_that_matches_no_tensor_is_told_what_would() -> None:
@@ -158,7 +158,7 @@ def test_a_pattern_that_matches_no_tensor_is_told_what_would() -> None:
 
 
 def test_one_layers_experts_and_one_expert_of_every_layer() -> None:
-    checkpoint = api.open(MIXTRAL)
+    checkpoint = api.catalogue(MIXTRAL)
     every = inspection.expert_rows(checkpoint)
     assert inspection.expert_rows(checkpoint, "1:*") == [row for row in every if row["layer"] == 1]
     assert inspection.expert_rows(checkpoint, "*:[02]") == [row for row in every if row["expert"] in (0, 2)]

@@ -176,7 +176,7 @@ def test_extents_keep_blocks_together_where_they_fit() -> None:
 @pytest.mark.parametrize("name", ZERO3)
 def test_the_same_checkpoint_gives_the_same_plan(name: str) -> None:
     def described() -> list[object]:
-        checkpoint = api.open(checkpoint_of(name))
+        checkpoint = api.catalogue(checkpoint_of(name))
         plan = make_plan(Universal().layout(checkpoint, UniversalOptions()), checkpoint)
         return [
             (

@@ -52,7 +52,7 @@ def test_it_is_written_and_read(tmp_path: Path) -> None:
     made = api.convert(MIXTRAL, tmp_path / "toy", to="toy", motto="bits", verify=True)
     assert made.verdict is not None
     assert made.verdict.passed
-    read = api.open(tmp_path / "toy")
+    read = api.catalogue(tmp_path / "toy")
     assert (read.format, read.notes) == ("toy", ("The motto is 'bits'.",))
     assert api.verify(tmp_path / "toy").passed
     api.convert(tmp_path / "toy", tmp_path / "through", to="hf", config=CONFIG)

@@ -60,7 +60,7 @@ def flip(tag: Path, rank: int, sub_group: int, state: str, index: int, bit: int 
 def test_a_checkpoint_equals_itself_and_is_sound(name: str) -> None:
     verdict = api.verify(checkpoint_of(name), checkpoint_of(name))
     assert verdict.passed
-    assert verdict.bytes_compared == sum(t.nbytes for t in api.open(checkpoint_of(name)).tensors)
+    assert verdict.bytes_compared == sum(t.nbytes for t in api.catalogue(checkpoint_of(name)).tensors)
     assert api.verify(checkpoint_of(name)).passed
 
 
@@ -73,7 +73,7 @@ def test_a_universal_checkpoint_equals_its_source(name: str, tmp_path: Path) -> 
     ):
         verdict = api.verify(*pair)
         assert verdict.passed, verdict.differences[:3]
-        assert verdict.tensors == len(api.open(checkpoint_of(name)).tensors)
+        assert verdict.tensors == len(api.catalogue(checkpoint_of(name)).tensors)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -403,7 +403,7 @@ def test_a_flipped_byte_of_a_rank_file_breaks_its_crc(tmp_path: Path) -> None:
 def test_a_flipped_byte_in_any_chunk_of_a_dcp_checkpoint_breaks_its_crc(name: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(CHECKPOINTS[name], source)
-    checkpoint = api.open(source)
+    checkpoint = api.catalogue(source)
     whole = api.verify(source)
     assert whole.passed
     assert whole.bytes_compared > sum(tensor.nbytes for tensor in checkpoint.tensors if in_distcp(tensor))
@@ -432,7 +432,7 @@ def test_a_result_too_damaged_to_be_read_is_judged_by_its_manifest(to: str, tmp_
         data = path.read_bytes()
         path.write_bytes(data.replace(b"torch", b"tornh", 1).replace(b"PK\x01\x02", b"PK\x01\x03"))
     with pytest.raises(CkptToolError):
-        api.open(target)
+        api.catalogue(target)
     found = api.verify(target).differences
     assert {difference.kind for difference in found} == {"checksum"}
     assert {difference.name for difference in found} == {str(p.relative_to(target)) for p in damaged}

@@ -139,7 +139,7 @@ def test_every_value_a_release_saved_is_read_as_its_engine_held_it(
 
     own = trained[release]
     own.result("two")
-    found = values_of(api.open(own.saved))
+    found = values_of(api.catalogue(own.saved))
     expected = {
         (str(canonical_key(name)), STATE[state]): raw(tensor)
         for state in STATE
@@ -154,7 +154,7 @@ def test_what_a_release_saved_is_described_and_passes_its_own_check(
 ) -> None:
     own = trained[release]
     own.result("two")
-    checkpoint = api.open(own.saved)
+    checkpoint = api.catalogue(own.saved)
     assert (checkpoint.training.engine_version, checkpoint.training.step) == (release, 2)
     assert (checkpoint.topology.world_size, checkpoint.topology.ep_size) == (4, 2)
     assert {scalar.value for scalar in checkpoint.scalars.values()} == {2.0}

@@ -309,4 +309,4 @@ def test_copies_of_the_models_own_in_published_mtp_layers_are_left_out(
 
 def test_a_torch_checkpointing_directory_is_refused_by_name(saved: Path) -> None:
     with pytest.raises(UnreadableError, match="torch_checkpointing"):
-        api.open(saved / "backend" / "step-1")
+        api.catalogue(saved / "backend" / "step-1")

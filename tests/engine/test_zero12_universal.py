@@ -65,7 +65,7 @@ def test_every_tensor_moment_and_step_is_the_one_ds_to_universal_writes(
     name: str, ours: dict[str, Path], theirs: dict[str, Path]
 ) -> None:
     mine, other = zero_of(ours[name]), theirs[name] / "zero"
-    aliases = api.open(FIXTURES / name / "checkpoint").aliases
+    aliases = api.catalogue(FIXTURES / name / "checkpoint").aliases
     assert parameters(other) - parameters(mine) == set(aliases), "it writes second names, too"
     assert parameters(mine) <= parameters(other)
     compared = 0
@@ -227,7 +227,7 @@ class Saved(NamedTuple):
     folder: Path
 
     def checkpoint(self) -> Checkpoint:
-        return api.open(self.folder / "checkpoint")
+        return api.catalogue(self.folder / "checkpoint")
 
     def oracle(self, kind: str) -> dict[str, Any]:
         from safetensors.torch import load_file

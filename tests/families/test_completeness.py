@@ -377,8 +377,8 @@ def test_another_file_beside_a_model_file_is_not_read(model: Path) -> None:
 def test_what_is_not_understood_beside_a_checkpoint_is_named(kind: str, tmp_path: Path) -> None:
     given = {"config": config_of("qwen2_moe_w2e2")} if kind in ("hf", "dcp") else {}
     api.convert(checkpoint_of("qwen2_moe_w2e2"), tmp_path / "source", to=kind, how=HOW, **given)
-    assert not any("no part of it" in note for note in api.open(tmp_path / "source").notes)
-    root = Path(api.open(tmp_path / "source").root)
+    assert not any("no part of it" in note for note in api.catalogue(tmp_path / "source").notes)
+    root = Path(api.catalogue(tmp_path / "source").root)
     (root / "progress.json").write_text("{}")
     (root / "logs").mkdir()
     for number in range(9):
@@ -393,7 +393,7 @@ def test_a_trainers_state_beside_the_tags_is_named(tmp_path: Path) -> None:
     shutil.copytree(checkpoint_of("qwen2_moe_w2e2"), tmp_path / "run")
     (tmp_path / "run" / "zero_to_fp32.py").write_text("")
     (tmp_path / "run" / "trainer_state.json").write_text("{}")
-    (note,) = (note for note in api.open(tmp_path / "run").notes if "no part of it" in note)
+    (note,) = (note for note in api.catalogue(tmp_path / "run").notes if "no part of it" in note)
     assert "is known: trainer_state.json. Not read" in note
 
 

@@ -141,8 +141,8 @@ def test_published_names_and_values_are_the_familys(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ZERO3)
 def test_published_files_are_read_back_as_the_same_stacks(name: str, tmp_path: Path) -> None:
-    source = api.open(checkpoint_of(name))
-    back = api.open(consolidate(name, tmp_path, config(name)))
+    source = api.catalogue(checkpoint_of(name))
+    back = api.catalogue(consolidate(name, tmp_path, config(name)))
     stacks = {
         t.name: t.shape for t in source.tensors if isinstance(t.name, ExpertName) and t.state == "master"
     }
@@ -394,7 +394,7 @@ def test_uneven_placements_are_published_by_global_id(tmp_path: Path) -> None:
 
 
 def test_buffers_keep_their_role(tmp_path: Path) -> None:
-    checkpoint = api.open(checkpoint_of("deepseek_v3_w2e2"))
+    checkpoint = api.catalogue(checkpoint_of("deepseek_v3_w2e2"))
     assert {str(t.name) for t in checkpoint.tensors if t.role is Role.BUFFER} == {
         "model.layers.1.mlp.router.e_score_correction_bias"
     }

@@ -45,14 +45,14 @@ def test_keys_that_are_no_text_are_carried_over(name: str, to: str, tmp_path: Pa
     api.convert(source, tmp_path / "out", to=to, verify=True)
     saved = torch.load(model_files(tmp_path / "out")[0], weights_only=False)
     assert {key: saved[key] for key in ODD} == ODD
-    carried = api.open(tmp_path / "out").training.client_state
+    carried = api.catalogue(tmp_path / "out").training.client_state
     assert {key: carried[key] for key in ODD} == ODD
 
 
 @pytest.mark.parametrize("name", ["mixtral_w2e1", "mixtral_z2_w4e2"])
 def test_inspect_names_them(name: str, tmp_path: Path) -> None:
     source = with_client_state(name, tmp_path, ODD)
-    found = inspection.overview(api.open(source))
+    found = inspection.overview(api.catalogue(source))
     named = dict(inspection.overview_lines(found))["client state"].split(", ")
     for key in map(str, ODD):
         assert key in found["client_state"]
@@ -62,7 +62,7 @@ def test_inspect_names_them(name: str, tmp_path: Path) -> None:
 
 def test_those_that_differ_between_ranks_are_named(tmp_path: Path) -> None:
     source = with_client_state("mixtral_w2e1", tmp_path, {1: 0, (2,): 0}, {1: 1, (2,): 0, None: 1, 3: 1})
-    found = api.open(source).training
+    found = api.catalogue(source).training
     assert (set(found.client_state), set(found.per_rank)) == ({(2,)}, {1, 3, None})
     for to in ("universal", "zero3"):
         notes = api.convert(source, tmp_path / to, to=to).notes

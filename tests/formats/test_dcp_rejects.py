@@ -402,7 +402,7 @@ def test_shards_that_overlap(sharded: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"style": "megatron"}, "is not one of"),
+        ({"style": "megatron"}, "is unknown"),
         ({"world": 4, "ep": 3}, "not a multiple"),
         ({"world": 8, "ep": 8}, "do not divide by 8"),
         ({"world": 6, "ep": 2}, "cuts dimension 1 evenly"),

@@ -209,7 +209,7 @@ def test_a_scale_of_another_shape_is_refused(
 ) -> None:
     path = fp8(tmp_path, torch.ones(shape), block)
     with pytest.raises(UnreadableError, match=r"\[48, 32\]"):
-        api.open(path)
+        api.catalogue(path)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_scale_of_every_form_is_read(
 
 def test_a_scale_that_is_no_float_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match="int32"):
-        api.open(fp8(tmp_path, torch.ones(3, 2, dtype=torch.int32), [16, 16]))
+        api.catalogue(fp8(tmp_path, torch.ones(3, 2, dtype=torch.int32), [16, 16]))
 
 
 def test_masks_of_an_fp8_model_are_no_weights(tmp_path: Path) -> None:
@@ -384,4 +384,4 @@ def test_a_name_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
     with pytest.raises(UnreadableError, match="no valid Unicode"):
-        api.open(path.parent)
+        api.catalogue(path.parent)

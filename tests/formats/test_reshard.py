@@ -164,7 +164,7 @@ def test_there_and_back_gives_the_sources_files(
 ) -> None:
     """Every key, type, shape, attribute and bit; only paddings, which the engine leaves as memory was."""
     source = checkpoint_of(name)
-    topology_of = api.open(source).topology
+    topology_of = api.catalogue(source).topology
     back = tmp_path / "back"
     reshard(there[name, topology], back, (topology_of.world_size or 0, topology_of.ep_size or 0))
     assert saved_files(back) == saved_files(source)
@@ -179,7 +179,7 @@ def test_there_and_back_gives_the_sources_files(
 def test_every_value_and_step_is_the_sources(
     name: str, topology: tuple[int, int], there: dict[Any, Path]
 ) -> None:
-    before, after = api.open(checkpoint_of(name)), api.open(there[name, topology])
+    before, after = api.catalogue(checkpoint_of(name)), api.catalogue(there[name, topology])
     assert values_of(after) == values_of(before)
     assert after.scalars == before.scalars
     assert (after.topology.world_size, after.topology.ep_size or 0) == topology
@@ -540,7 +540,7 @@ def test_like_fills_the_templates_files_with_the_sources_values(tmp_path: Path) 
         )
         assert differences(mine, computed, ignored=ignored) == []
         assert differences(mine, rank_files(template, rank), values=False) == []
-    assert values_of(api.open(tmp_path / "out")) == values_of(api.open(source))
+    assert values_of(api.catalogue(tmp_path / "out")) == values_of(api.catalogue(source))
 
 
 def test_like_takes_counters_scheduler_and_client_state_from_the_source(tmp_path: Path) -> None:
@@ -613,7 +613,7 @@ def test_like_that_has_no_ranks_contradicts_none(tmp_path: Path) -> None:
         message = str(error)
     else:
         message = ""
-        assert values_of(api.open(tmp_path / "out")) == values_of(api.open(source))
+        assert values_of(api.catalogue(tmp_path / "out")) == values_of(api.catalogue(source))
     assert "None" not in message
 
 
@@ -632,7 +632,7 @@ def test_dry_run_says_what_would_be_written_and_writes_nothing(tmp_path: Path) -
 def test_each_source_byte_is_read_at_most_once(zero3_fixture: str, tmp_path: Path) -> None:
     topology = (1, 1) if "dense" not in zero3_fixture else (1, 0)
     result = reshard(checkpoint_of(zero3_fixture), tmp_path / "out", topology, dry_run=True)
-    checkpoint = api.open(checkpoint_of(zero3_fixture))
+    checkpoint = api.catalogue(checkpoint_of(zero3_fixture))
     assert result.bytes_read <= sum(tensor.nbytes for tensor in checkpoint.tensors)
 
 
@@ -693,8 +693,8 @@ def test_command_line_refuses_with_exit_code_2_and_one_line(tmp_path: Path) -> N
 
 def test_names_of_the_catalogue_are_the_engines_own(there: dict[Any, Path]) -> None:
     """Whatever the topology, parameters have the names and the order they had."""
-    before = api.open(checkpoint_of("mixtral_w4e2"))
-    after = api.open(there["mixtral_w4e2", (6, 2)])
+    before = api.catalogue(checkpoint_of("mixtral_w4e2"))
+    after = api.catalogue(there["mixtral_w4e2", (6, 2)])
     assert [t.label() for t in after.tensors] == [t.label() for t in before.tensors]
     shapes = rank_files(there["mixtral_w4e2", (6, 2)], 0)[0]["param_shapes"]
     source = rank_files(checkpoint_of("mixtral_w4e2"), 0)[0]["param_shapes"]

@@ -48,7 +48,7 @@ each = pytest.mark.parametrize("name", STAGES)
 
 
 def read(name: str) -> Checkpoint:
-    return api.open(checkpoint_of(name))
+    return api.catalogue(checkpoint_of(name))
 
 
 def oracle(name: str, kind: str) -> dict[str, torch.Tensor]:
@@ -257,7 +257,7 @@ def test_padding_never_comes_out(name: str, tmp_path: Path) -> None:
             zero["single_partition_of_fp32_groups"][index] = master[:held]
         torch.save(content, path)
     assert poisoned or name == "mixtral_z1_bf16_w2e2"
-    assert values_of(api.open(copy)) == values_of(read(name))
+    assert values_of(api.catalogue(copy)) == values_of(read(name))
 
 
 @each
@@ -299,7 +299,7 @@ def test_without_optimizer_files_the_weights_are_taken_and_it_is_said(name: str,
     copy = copy_fixture(name, tmp_path)
     for path in copy.glob("*optim_states.pt"):
         path.unlink()
-    checkpoint = api.open(copy)
+    checkpoint = api.catalogue(copy)
     assert checkpoint.format == f"deepspeed-zero{STAGES[name]}"
     assert [note for note in checkpoint.notes if "optimizer" in note and "weights" in note]
     assert not checkpoint.scalars
@@ -315,7 +315,7 @@ def test_a_module_only_directory_still_tells_what_was_trained(tmp_path: Path) ->
     copy = copy_fixture("deepseek_v3_z2_w2e1", tmp_path)
     for path in copy.glob("*optim_states.pt"):
         path.unlink()
-    roles = {tensor.name: tensor.role for tensor in api.open(copy).tensors}
+    roles = {tensor.name: tensor.role for tensor in api.catalogue(copy).tensors}
     assert roles == {tensor.name: tensor.role for tensor in read("deepseek_v3_z2_w2e1").tensors}
 
 
@@ -324,7 +324,7 @@ def test_stage_1_lists_no_frozen_parameters_and_they_are_told_all_the_same(tmp_p
     model = load(copy / "mp_rank_00_model_states.pt")
     model |= {"frozen_param_shapes": None, "frozen_param_fragments": None}
     torch.save(model, copy / "mp_rank_00_model_states.pt")
-    frozen = {tensor.name for tensor in api.open(copy).tensors if tensor.role is Role.FROZEN}
+    frozen = {tensor.name for tensor in api.catalogue(copy).tensors if tensor.role is Role.FROZEN}
     assert frozen == set(oracle("deepseek_v3_z2_w2e1", "frozen"))
 
 
@@ -334,7 +334,7 @@ def test_mapping_less_files_of_old_releases_are_read_with_a_note(tmp_path: Path)
         content = load(path)
         del content["optimizer_state_dict"]["param_slice_mappings"]
         torch.save(content, path)
-    checkpoint = api.open(copy)
+    checkpoint = api.catalogue(copy)
     assert values_of(checkpoint) == values_of(read("dense_z2_w3"))
     assert "param_slice_mappings" in checkpoint.notes[0]
 
@@ -343,7 +343,7 @@ def test_client_tensors_are_streamed(tmp_path: Path) -> None:
     copy = copy_fixture("dense_z2_w3", tmp_path)
     model = load(copy / "mp_rank_00_model_states.pt")
     torch.save(model | {"rng": torch.arange(5)}, copy / "mp_rank_00_model_states.pt")
-    checkpoint = api.open(copy)
+    checkpoint = api.catalogue(copy)
     tensor = checkpoint.training.client_state["rng"]
     assert raw(materialise(LocalReader(checkpoint.root), tensor)) == raw(torch.arange(5))
 
@@ -490,7 +490,7 @@ class Synthetic:
 
 
 def as_read(directory: Path) -> dict[tuple[str, str], bytes]:
-    return {key: value for key, value in values_of(api.open(directory)).items() if key[1] != "weight"}
+    return {key: value for key, value in values_of(api.catalogue(directory)).items() if key[1] != "weight"}
 
 
 def as_written(saved: Synthetic) -> dict[tuple[str, str], bytes]:
@@ -534,7 +534,7 @@ def test_any_topology_and_placement_reads_back(
 
 def test_an_expert_on_two_ep_ranks_is_read_once_and_the_other_is_a_replica(tmp_path: Path) -> None:
     saved = Synthetic(4, ((0, 1, 2), (2, 3)), False, {"model.a": (5,)})
-    checkpoint = api.open(saved.write(tmp_path / "tag"))
+    checkpoint = api.catalogue(saved.write(tmp_path / "tag"))
     assert as_read(tmp_path / "tag") == as_written(saved)
     stacks = [t for t in checkpoint.tensors if isinstance(t.name, ExpertName) and t.state != "weight"]
     assert len(stacks) == 9
@@ -547,7 +547,7 @@ def test_round_robin_gradients_are_read_by_param_shapes_and_not_by_the_engines_m
 ) -> None:
     dense = {f"model.p{number}": (3 + 5 * number,) for number in range(7)}
     saved = Synthetic(4, ((0, 1), (2, 3)), False, dense, dealt=True)
-    checkpoint = api.open(saved.write(tmp_path / "tag"))
+    checkpoint = api.catalogue(saved.write(tmp_path / "tag"))
     assert as_read(tmp_path / "tag") == as_written(saved)
     assert [note for note in checkpoint.notes if "round_robin_gradients" in note]
 

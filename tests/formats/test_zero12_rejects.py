@@ -72,7 +72,7 @@ def edit_layer(path: Path, **changes: Any) -> None:
 def refused(source: Path, kind: type[CkptToolError], *names: str, advice: bool = True) -> str:
     """Assert that opening and converting refuse ``source`` and leave nothing; return the message."""
     with pytest.raises(kind) as raised:
-        api.open(source)
+        api.catalogue(source)
     assert type(raised.value) is kind
     target = source.parent.parent / "target"
     with pytest.raises(kind):
@@ -562,7 +562,7 @@ def test_stage_0_order_that_is_not_certain_costs_the_states_and_says_so(z0: Path
 
     for path in (z0 / MODEL, z0 / expp(0), z0 / expp(1)):
         edit(path, lambda content: regroup(content["optimizer"]))
-    checkpoint = api.open(z0)
+    checkpoint = api.catalogue(z0)
     assert {tensor.state for tensor in checkpoint.tensors} == {"weight"}
     assert [note for note in checkpoint.notes if "left out" in note and "ZeRO-1" in note]
 
@@ -576,4 +576,4 @@ def test_a_frozen_parameter_with_another_value_beside_the_module(tmp_path: Path)
     fragments["model.embed_tokens.weight"] = fragments["model.embed_tokens.weight"] + 1
     torch.save(saved, path)
     with pytest.raises(MismatchError, match=r"frozen_param_fragments has model\.embed_tokens\.weight"):
-        api.open(tag)
+        api.catalogue(tag)

@@ -38,7 +38,7 @@ STATE = {"fp32": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
 def read(directory: Path) -> Checkpoint:
-    return api.open(directory)
+    return api.catalogue(directory)
 
 
 def saved(tmp_path: Path, full: synthetic.Model, save: Save) -> tuple[Checkpoint, dict[Any, bytes]]:

@@ -97,7 +97,7 @@ def refused(
     """Assert that opening and converting refuse ``source`` alike and leave nothing; return the message."""
     if opening:
         with pytest.raises(kind) as opened:
-            api.open(source)
+            api.catalogue(source)
         assert type(opened.value) is kind or not exact
     places = source
     while not places.is_dir():
@@ -210,7 +210,7 @@ def test_file_that_is_a_directory(tag: Path) -> None:
     (tag / model_file(0)).unlink()
     (tag / model_file(0)).mkdir()
     with pytest.raises(CkptToolError, match=re.escape(model_file(0))):
-        api.open(tag)
+        api.catalogue(tag)
 
 
 def test_compressed_archive(tag: Path) -> None:
@@ -865,7 +865,7 @@ def test_pickle_that_would_change_a_dtype(what: bytes, tag: Path) -> None:
 
 def test_path_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match="does not exist"):
-        api.open(tmp_path / "nowhere")
+        api.catalogue(tmp_path / "nowhere")
     with pytest.raises(UnreadableError, match="nowhere"):
         api.convert(tmp_path / "nowhere", tmp_path / "out", to="universal")
     assert list(tmp_path.iterdir()) == []
