@@ -7,6 +7,7 @@ short runs, which are put together where they complement each other.
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,10 @@ class _Lattice(NamedTuple):
     def end(self) -> int:
         return self.offset + self.run + sum(stride * (count - 1) for stride, count in self.dims)
 
+    @property
+    def size(self) -> int:
+        return self.run * math.prod(count for _, count in self.dims)
+
 
 class Bytes:
     """A set of bytes of several files, each named by its path."""
@@ -38,6 +43,7 @@ class Bytes:
     def __init__(self) -> None:
         self._bounds: dict[str, array[int]] = {}  # start, end, start, end, ...
         self._lattices: dict[str, dict[_Lattice, None]] = {}
+        self._double: tuple[str, int] | None = None  # a byte that was added twice, as far as was looked
 
     def add(self, file: str, start: int, end: int) -> None:
         """Bytes ``start .. end`` of a file."""
@@ -50,7 +56,7 @@ class Bytes:
         bounds.append(start)
         bounds.append(end)
         if len(bounds) > _COMPACTED and len(bounds) % _COMPACTED < 2:
-            self._bounds[file] = _merged(bounds)
+            self._merge(file)
 
     def add_piece(self, piece: Region | Box, itemsize: int) -> None:
         """The bytes of a piece of a tensor with elements of ``itemsize`` bytes."""
@@ -63,7 +69,23 @@ class Bytes:
         if not lattice.dims:
             self.add(piece.file, lattice.offset, lattice.end)
         else:
-            self._lattices.setdefault(piece.file, {})[lattice] = None
+            lattices = self._lattices.setdefault(piece.file, {})
+            if lattice in lattices:
+                self._double = self._double or (piece.file, lattice.offset)
+            lattices[lattice] = None
+
+    def add_all(self, other: Bytes) -> None:
+        """All bytes of another set."""
+        for file in {**other._bounds, **other._lattices}:
+            starts, ends = other._of(file)
+            for start, end in zip(starts, ends, strict=True):
+                self.add(file, start, end)
+
+    def double(self) -> tuple[str, int] | None:
+        """The file and position of a byte that was added twice, if one was."""
+        for file in {**self._bounds, **self._lattices}:
+            self._of(file)
+        return self._double
 
     def add_pieces(self, pieces: Iterable[Region | Box], itemsize: int) -> None:
         for piece in pieces:
@@ -100,13 +122,40 @@ class Bytes:
 
     def _of(self, file: str) -> tuple[Sequence[int], Sequence[int]]:
         """Where the disjoint intervals of a file begin and end, in order."""
-        bounds = self._bounds.get(file, array("q"))
+        bounds = self._bounds.setdefault(file, array("q"))
         lattices = self._lattices.pop(file, None)
         if lattices:
+            spelled = array("q")
             for start, end in _spelled_out(list(lattices)):
-                bounds.extend((start, end))
-        merged = self._bounds[file] = _merged(bounds)
+                spelled.extend((start, end))
+            bounds.extend(spelled)
+            if _size(_merged(spelled)) != sum(one.size for one in lattices):
+                self._double = self._double or (file, min(one.offset for one in lattices))
+        merged = self._merge(file)
         return merged[::2], merged[1::2]
+
+    def _merge(self, file: str) -> array[int]:
+        """The intervals of a file in order, without any that touch or overlap."""
+        bounds = self._bounds[file]
+        merged = self._bounds[file] = _merged(bounds)
+        if len(merged) != len(bounds) and self._double is None and _size(merged) != _size(bounds):
+            self._double = file, _first_double(bounds)
+        return merged
+
+
+def _size(bounds: array[int]) -> int:
+    """How many bytes intervals have together."""
+    return sum(bounds[1::2]) - sum(bounds[::2])
+
+
+def _first_double(bounds: array[int]) -> int:
+    """Where intervals overlap first."""
+    reach = -1
+    for start, end in sorted(zip(bounds[::2], bounds[1::2], strict=True)):
+        if start < reach:
+            break
+        reach = max(reach, end)
+    return start
 
 
 def _merged(bounds: array[int]) -> array[int]:

@@ -13,16 +13,26 @@ from typing import NamedTuple, overload
 
 from ckpt_tool.canonical import DType, Tensor
 
+# The copy of a whole tensor that is part of an object (client state, a buffer in a module's dict): as
+# often as the object has it, and the object as often as it is written. Parameters are never written so.
+IN_OBJECT = "in an object"
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A tensor to be stored: elements of ``tensor`` in row-major order from flat element ``start`` on,
-    with the shape and dtype they get in the new file."""
+    with the shape and dtype they get in the new file.
+
+    ``copy`` is empty where these elements are written for the first time. What a target holds again, under
+    a tied name or as the rounded weight of a master, says as which copy: an element is in each copy once
+    at most, and a copy of a tensor is a whole one.
+    """
 
     tensor: Tensor
     shape: tuple[int, ...]
     dtype: DType
     start: int = 0
+    copy: str = ""
 
     @property
     def numel(self) -> int:
@@ -33,9 +43,9 @@ class Slot:
         return self.numel * self.dtype.itemsize
 
 
-def whole(tensor: Tensor, dtype: DType | None = None) -> Slot:
+def whole(tensor: Tensor, dtype: DType | None = None, copy: str = "") -> Slot:
     """All of a tensor, cast only where ``dtype`` says so."""
-    return Slot(tensor, tensor.shape, dtype or tensor.dtype)
+    return Slot(tensor, tensor.shape, dtype or tensor.dtype, copy=copy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +59,15 @@ class Literal:
 @dataclass(frozen=True, slots=True)
 class Fill:
     """``numel`` elements of ``tensor`` from flat element ``start`` on, stored as ``dtype`` from byte
-    ``offset`` of the file on. A dtype other than the tensor's is a cast that was asked for."""
+    ``offset`` of the file on. A dtype other than the tensor's is a cast that was asked for. ``copy`` is the
+    slot's."""
 
     offset: int
     tensor: Tensor
     start: int
     numel: int
     dtype: DType
+    copy: str = ""
 
     @property
     def nbytes(self) -> int:

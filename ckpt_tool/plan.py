@@ -16,7 +16,7 @@ from ckpt_tool.accounting import Bytes
 from ckpt_tool.canonical import CASTABLE, Checkpoint, Regions, Tensor
 from ckpt_tool.errors import CkptToolError, CoverageError, UnreadableError, UsageError
 from ckpt_tool.geometry import Piece, block_numel, check_disjoint, cut, pieces
-from ckpt_tool.layout import Fill, Layout, LeftOut, TargetFile, left_out
+from ckpt_tool.layout import IN_OBJECT, Fill, Layout, LeftOut, TargetFile, left_out
 
 
 class Cast(NamedTuple):
@@ -63,9 +63,10 @@ def make_plan(layout: Layout, checkpoint: Checkpoint) -> Plan:
 
     Raises:
         CoverageError: a source element is missing or ambiguous, a stored byte is neither used nor named as
-            left out, or a target file has a gap or an overlap.
+            left out, or written twice and the layout does not say as which copy, or a target file has a gap
+            or an overlap.
     """
-    used = Bytes()
+    written = _Written()
     empty: set[str] = set()
     casts: dict[str, Cast] = {}
     bytes_read = bytes_written = largest_block = 0
@@ -89,7 +90,7 @@ def make_plan(layout: Layout, checkpoint: Checkpoint) -> Plan:
                 itemsize = max(tensor.dtype.itemsize, fill.dtype.itemsize)
                 largest_block = max(largest_block, block * itemsize)
             bytes_read += fill.numel * tensor.dtype.itemsize
-            used.add_pieces(found, tensor.dtype.itemsize)
+            written.add(fill, found)
             if not tensor.numel:
                 empty.add(tensor.label())
             if fill.dtype is not tensor.dtype:
@@ -100,10 +101,55 @@ def make_plan(layout: Layout, checkpoint: Checkpoint) -> Plan:
                         "--dtype out, or choose another."
                     )
                 casts[label] = Cast(label, str(tensor.dtype), str(fill.dtype))
+    used = written.checked(checkpoint.root)
     left = (*layout.left_out, *_unused_others(checkpoint, layout, used))
     _check_empty(checkpoint, left, empty)
     _check_stored(checkpoint, left, used)
     return Plan(layout, left, bytes_read, bytes_written, largest_block, tuple(casts.values()))
+
+
+class _Written:
+    """The source's bytes that fills read, copy by copy (``Slot.copy``)."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, Bytes] = {"": Bytes(), IN_OBJECT: Bytes()}
+        self._tensors: dict[tuple[str, int], Tensor] = {}  # those of copies
+
+    def add(self, fill: Fill, found: Iterable[Piece]) -> None:
+        held = self._copies.get(fill.copy)
+        if held is None:
+            held = self._copies[fill.copy] = Bytes()
+        held.add_pieces(found, fill.tensor.dtype.itemsize)
+        if fill.copy not in ("", IN_OBJECT):
+            self._tensors[fill.copy, id(fill.tensor.regions)] = fill.tensor
+
+    def checked(self, root: str) -> Bytes:
+        """What is written at all, copies apart.
+
+        Raises:
+            CoverageError: a byte is written twice, and the layout does not say as which copy; or in one
+                copy twice, or as part of a tensor that the copy does not hold whole.
+        """
+        in_objects = self._copies.pop(IN_OBJECT)
+        for copy, held in self._copies.items():
+            double = held.double()
+            if double is not None:
+                file, position = double
+                raise CoverageError(
+                    f"{root}/{file}: the target would hold byte {position} twice"
+                    f"{f' ({copy})' if copy else ''}. If two tensors share memory in part in the "
+                    "checkpoint, save it again with clones of them; else please report it with the output "
+                    "of `ckpt-tool inspect --json`. Nothing was written."
+                )
+        for (copy, _), tensor in self._tensors.items():
+            if not _reads(tensor, self._copies[copy]):
+                raise CoverageError(
+                    f"{tensor.label()}: the target would hold a part of it only ({copy}). This is a bug in "
+                    "ckpt-tool; nothing was written."
+                )
+        used = self._copies[""]
+        used.add_all(in_objects)
+        return used
 
 
 def _unused_others(checkpoint: Checkpoint, layout: Layout, used: Bytes) -> tuple[LeftOut, ...]:

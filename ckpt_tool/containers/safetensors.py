@@ -170,7 +170,14 @@ def safetensors_file(
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     fills = tuple(
-        Fill(start + header[name]["data_offsets"][0], slot.tensor, slot.start, slot.numel, slot.dtype)
+        Fill(
+            start + header[name]["data_offsets"][0],
+            slot.tensor,
+            slot.start,
+            slot.numel,
+            slot.dtype,
+            slot.copy,
+        )
         for name, slot in tensors
     )
     literal = Literal(0, len(text).to_bytes(8, "little") + text)

@@ -33,7 +33,7 @@ from ckpt_tool.containers.pickle_writer import Spelled
 from ckpt_tool.containers.stored_zip import LOCAL_HEADER, StoredZip
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.geometry import row_major
-from ckpt_tool.layout import CrcSlot, Fill, Literal, Slot, TargetFile, whole
+from ckpt_tool.layout import IN_OBJECT, CrcSlot, Fill, Literal, Slot, TargetFile, whole
 from ckpt_tool.storage import Reader
 
 _CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
@@ -248,7 +248,8 @@ def torch_file(path: str, value: Any, *, zip64_limit: int = _ZIP64_LIMIT) -> Tar
     """The layout of an archive that ``torch.load`` reads as ``value``.
 
     ``value`` may hold ``Slot``, ``Inline``, ``Flat`` and whole ``Tensor`` wherever a tensor belongs, and
-    ``Constant`` parts. The same value always gives the same bytes.
+    ``Constant`` parts. A ``Tensor`` is part of the object (``IN_OBJECT``). The same value always gives
+    the same bytes.
     """
     return TorchFiles(zip64_limit=zip64_limit).file(path, value)
 
@@ -332,7 +333,7 @@ class _Skeleton:
             if not isinstance(slot, int)
         ]
         fills = tuple(
-            Fill(fill.offset, slot.tensor, slot.start, slot.numel, dtype)
+            Fill(fill.offset, slot.tensor, slot.start, slot.numel, dtype, slot.copy)
             for fill, (slot, dtype) in zip(self.file.fills, slots, strict=True)
         )
         return TargetFile(path, self.file.size, tuple(literals), fills, self.file.crc_slots)
@@ -345,7 +346,7 @@ def _resolve(value: Any, payloads: list[_Payload]) -> Any:
     if isinstance(value, Constant):
         return value.resolved(payloads)
     if isinstance(value, Tensor):
-        value = whole(value)
+        value = whole(value, copy=IN_OBJECT)
     if isinstance(value, Flat):
         key, numel = str(len(payloads)), value.numel
         payloads.append(value)
@@ -410,7 +411,7 @@ class _ZipBuilder:
                 self._put(zeros)
             else:
                 parts.append(len(self._fills))
-                fill = Fill(self._position, slot.tensor, slot.start, slot.numel, dtype)
+                fill = Fill(self._position, slot.tensor, slot.start, slot.numel, dtype, slot.copy)
                 self._fills.append(fill)
                 self._position += fill.nbytes
         self._slots.append(CrcSlot(crc_at, tuple(parts)))

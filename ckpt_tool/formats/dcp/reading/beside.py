@@ -170,11 +170,12 @@ def _extra_states(beside: Beside, world: int, notes: list[str]) -> Carried:
     files = []
     for rank in range(world if states else 0):
         path, size = states[rank % len(states)]
-        files.append(_copy(f"{_EXTRA_STATE}/extra_state_rank_{rank}.pt", path, size))
+        copy = "" if rank < len(states) else f"for rank {rank}"
+        files.append(_copy(f"{_EXTRA_STATE}/extra_state_rank_{rank}.pt", path, size, copy))
     return Carried(files, notes)
 
 
-def _copy(target: str, source: str, size: int) -> TargetFile:
+def _copy(target: str, source: str, size: int, copy: str = "") -> TargetFile:
     """A file as it is."""
     data = Tensor(source, WEIGHT, (size,), DType.uint8, contiguous((size,), source, 0))
-    return TargetFile(target, size, (), (Fill(0, data, 0, size, DType.uint8),) if size else ())
+    return TargetFile(target, size, (), (Fill(0, data, 0, size, DType.uint8, copy),) if size else ())

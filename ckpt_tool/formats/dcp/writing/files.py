@@ -29,7 +29,7 @@ from ckpt_tool.errors import CoverageError
 from ckpt_tool.formats.dcp.reading.shards import SHARDING_INFO
 from ckpt_tool.formats.deepspeed.facts.scalars import saved_scalar
 from ckpt_tool.geometry import Axis, take
-from ckpt_tool.layout import Fill, Literal, Maker, Slot, TargetFile, given
+from ckpt_tool.layout import Fill, Literal, Maker, Slot, TargetFile, given, whole
 
 
 class Placement(NamedTuple):
@@ -49,13 +49,14 @@ def object_or_archive(value: Any, stored: Stored) -> Any:
 @dataclass(frozen=True, slots=True)
 class Item:
     """An entry to be saved: a tensor in chunks; a tensor known beforehand, a scalar, an object, or the
-    archive of one (``Stored``), in the one place it has."""
+    archive of one (``Stored``), in the one place it has. ``copy`` is that of its slots."""
 
     key: str
     path: Path
     value: Any
     places: tuple[Placement, ...]
     dtype: DType | None = None
+    copy: str = ""
 
     @property
     def is_tensor(self) -> bool:
@@ -127,7 +128,7 @@ class _Directory:
 
     def slot(self, item: Item, place: Placement) -> Slot:
         chunk = self._cutters[item.key].chunk(place)
-        return Slot(chunk, chunk.shape, item.dtype or chunk.dtype)
+        return whole(chunk, item.dtype, item.copy)
 
 
 def dcp_directory(directory: str, items: Sequence[Item], files: Iterable[str]) -> tuple[list[Maker], Maker]:

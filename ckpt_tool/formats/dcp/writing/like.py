@@ -170,11 +170,21 @@ class _Filler:
         found = []
         for key, held in self._hint.entries.items():
             places = tuple(Placement(part.file, part.offsets, part.sizes) for part in held.parts)
-            found.append(Item(key, self._path(key), self._value(key, held), places, self._dtype(held)))
+            copy = self._copy(key, held)
+            value = self._value(key, held)
+            found.append(Item(key, self._path(key), value, places, self._dtype(held), copy))
         for key, stored in self._hint.archives.items():
             place = Placement(stored.file, (), ())
             found.append(Item(key, self._path(key), self._object(key), (place,)))
         return found
+
+    def _copy(self, key: str, held: Held) -> str:
+        """A tied tensor that the template has again, under a further name, is a copy."""
+        meaning = self._meaning.get(id(held))
+        return key if meaning is not None and self._wanted(meaning) in self._used else ""
+
+    def _wanted(self, meaning: _Meaning) -> tuple[str, str]:
+        return self._found.aliases.get(meaning.name, meaning.name), meaning.state
 
     def _path(self, key: str) -> Path:
         return self._hint.paths.get(key, (key,))
@@ -187,7 +197,7 @@ class _Filler:
 
     def _tensor(self, meaning: _Meaning, held: Held) -> Tensor | Inline:
         """A tensor of the model or of its optimizer."""
-        wanted = (self._found.aliases.get(meaning.name, meaning.name), meaning.state)
+        wanted = self._wanted(meaning)
         tensor = self._found.tensors.get(wanted) or self._zeros(meaning)
         if isinstance(tensor, Inline):
             return tensor

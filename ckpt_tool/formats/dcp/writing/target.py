@@ -222,13 +222,16 @@ class _Builder:
     def _model_items(self) -> list[Item]:
         found, scheme = self._found, self._scheme
         tensors = dict(found.model())
+        copies: set[str] = set()
         for alias, name in found.aliases.items():
             if alias not in tensors and name in tensors:
                 tensors[alias] = tensors[name]  # FSDP2 saves tied weights under both names
+                copies.add(alias)
         items = []
         for name, tensor in tensors.items():
             key, path = (name, (name,)) if scheme.shards else self._kept(scheme.model_key(name))
-            items.append(self._item(key, path, name, tensor, scheme.model_directory, self._dtype(tensor)))
+            item = self._item(key, path, name, tensor, scheme.model_directory, self._dtype(tensor))
+            items.append(replace(item, copy=name if name in copies else ""))
         for name, zeros in found.zeros.items():
             place = Placement(rank_file(scheme.model_directory, 0), (0,) * len(zeros.shape), zeros.shape)
             items.append(Item(*scheme.model_key(name), zeros, (place,)))

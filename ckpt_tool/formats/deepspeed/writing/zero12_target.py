@@ -32,9 +32,11 @@ from ckpt_tool.formats.deepspeed.writing.saved_objects import (
     saved_objects,
     shape_type,
 )
-from ckpt_tool.layout import Layout, LazyFiles, Slot, TargetFile, text_file
+from ckpt_tool.layout import Layout, LazyFiles, Slot, TargetFile, text_file, whole
 
 _WEIGHTS = {"w1": "gate", "w2": "down", "w3": "up"}
+# What these checkpoints hold twice: parameters beside their masters, frozen ones in two dicts.
+_COMPUTED, _FRAGMENT = "as computed with", "frozen_param_fragments"
 
 
 class Zero12Target:
@@ -121,15 +123,17 @@ class _Plan(EnginePlan):
 
     # ---- the model
 
-    def _weight(self, name: TensorName, shape: tuple[int, ...], start: int = 0) -> Slot:
-        """A parameter as the engine computes with it: its master, rounded to the compute dtype."""
+    def _weight(self, name: TensorName, shape: tuple[int, ...], start: int = 0, copy: str = "") -> Slot:
+        """A parameter as the engine computes with it: its master, rounded to the compute dtype. Beside the
+        masters in the optimizer's files it is a copy."""
         tensor = self.value_of(name)
         dtype = (
             compute_dtype(self.saved.model.get("ds_config") or {})
             if tensor.state == MASTER
             else tensor.dtype
         )
-        return Slot(tensor, shape, dtype, start)
+        trained = tensor.role is Role.PARAMETER and not self.options.weights_only
+        return Slot(tensor, shape, dtype, start, copy or (_COMPUTED if trained else ""))
 
     def model(self, stage: int) -> dict[str, Any]:
         """The object in rank 0's model file."""
@@ -143,7 +147,7 @@ class _Plan(EnginePlan):
             "module": self._module(),
             "param_shapes": [self._param_shapes(group) for group in self.sub_groups],
             "frozen_param_shapes": OrderedDict((t.name, kind(t.shape)) for t in frozen),
-            "frozen_param_fragments": OrderedDict((t.name, Slot(t, t.shape, t.dtype)) for t in frozen),
+            "frozen_param_fragments": OrderedDict((t.name, whole(t, copy=_FRAGMENT)) for t in frozen),
             "dp_world_size": self.ranks.world,
             "ds_config": self.new_config(self.saved.model.get("ds_config"), stage),
         }
@@ -156,7 +160,7 @@ class _Plan(EnginePlan):
         module: OrderedDict[str, Any] = OrderedDict()
         for name in self.saved.model["module"]:
             own = self.checkpoint.aliases.get(name, name)
-            module[name] = self._weight(own, self.value_of(own).shape)
+            module[name] = self._weight(own, self.value_of(own).shape, copy="" if name == own else name)
         return module
 
     def _param_shapes(self, group: SubGroup) -> OrderedDict[str, Any]:
