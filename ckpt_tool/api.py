@@ -50,6 +50,8 @@ from ckpt_tool.model_files import (
     read_config,
 )
 from ckpt_tool.opened import Opened as Opened
+from ckpt_tool.page import refuse_other_files, rendered, write_page
+from ckpt_tool.page.data import page_data
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader
 from ckpt_tool.sums import own_manifest
@@ -340,6 +342,38 @@ def find_copied_experts(
                 "model has some, pass its config.json with --config, which tells their names."
             )
         return find_copies(checkpoint, reader, how.budget(), how.meter)
+    finally:
+        reader.close()
+
+
+@told()
+def page(
+    source: PathLike,
+    target: PathLike,
+    *,
+    stats: bool = False,
+    config: PathLike | None = None,
+    how: Execution | None = None,
+) -> None:
+    """Write a self-contained HTML page about a checkpoint: topology, a map of experts, bytes, tensors.
+
+    Args:
+        target: the file, which may be an earlier page.
+        stats: read all values once, for norms, updates, experts that stand out, and ``doctor``'s findings.
+        config: the model's ``config.json``, which tells the experts where names and shapes do not.
+
+    Raises:
+        UsageError: ``target`` exists and is no page.
+    """
+    how = how or Execution()
+    path, file = Path(source), Path(target)
+    refuse_other_files(file)
+    found, _ = find_config(path, config)
+    reader, checkpoint = open_checkpoint(path)
+    try:
+        checkpoint = _with_experts(checkpoint, path, config)
+        diagnosis = examine(checkpoint, reader, found, how.budget(), how.meter) if stats else None
+        write_page(file, rendered(page_data(checkpoint, diagnosis)))
     finally:
         reader.close()
 

@@ -107,6 +107,19 @@ def inspect(
         ),
     ] = None,
     config: Config = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="PATH",
+            readable=False,
+            help="Write a page to look at: a map of the experts, bytes, tensors.",
+        ),
+    ] = None,
+    stats: Annotated[
+        bool,
+        typer.Option("--stats", help="For --html: read all values, for norms and what doctor finds."),
+    ] = False,
     check: Annotated[
         bool,
         typer.Option("--check", help="Hash the experts and name those that are copies: a part of doctor."),
@@ -115,6 +128,16 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is: format, topology, sizes, experts, states. Reads metadata only."""
     from ckpt_tool import api, inspection, report
+    from ckpt_tool.errors import UsageError
+
+    if stats and html is None:
+        raise UsageError("--stats is what a page shows: add --html report.html, or run `ckpt-tool doctor`.")
+    if html is not None:
+        with _progress("inspect", run.json) as progress:
+            api.page(src, html, stats=stats, config=config, how=run.execution(progress))
+        typer.echo(f"{html} is written: open it in a browser.", err=run.json)
+        if tensors is None and experts is None and not check and not run.json:
+            return
 
     checkpoint = api.catalogue(src, config=config)
     found = inspection.overview(checkpoint)

@@ -253,7 +253,7 @@ def tensor_table(rows: list[dict[str, Any]]) -> Table:
             "x".join(map(str, row["shape"])) or "scalar",
             row["dtype"],
             f"{row['bytes']:,}",
-            _files(row["files"]),
+            shown_files(row["files"]),
         ]
         for row in rows
     ]
@@ -268,14 +268,14 @@ def expert_table(rows: list[dict[str, Any]]) -> Table:
             str(row["expert"]),
             "-" if row["ep_rank"] is None else str(row["ep_rank"]),
             ",".join(map(str, row["edp_ranks"])) or "-",
-            _files(row["files"]),
+            shown_files(row["files"]),
         ]
         for row in rows
     ]
     return f"{len(rows)} experts", columns, lines
 
 
-def _files(files: list[str]) -> str:
+def shown_files(files: list[str]) -> str:
     """Files for people: those that differ in one number are one, ``rank_{0-7}.pt``."""
     found = list(_together(files))
     return ", ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")

@@ -135,7 +135,7 @@ def test_files_that_differ_in_one_number_are_shown_as_one() -> None:
     ],
 )
 def test_lists_of_files(files: list[str], shown: str) -> None:
-    assert inspection._files(files) == shown
+    assert inspection.shown_files(files) == shown
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def examine(
         sum(tensor.nbytes for tensor in sound),
         tuple(findings),
         (*checkpoint.notes, *deepspeed.notes(case), *_not_checked(case)),
+        case.statistics,
     ).with_findings(())
 
 

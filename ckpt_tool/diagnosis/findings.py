@@ -40,7 +40,7 @@ class Finding:
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """What was found. ``notes`` are no findings: how the checkpoint has to be loaded, and what was not
-    checked. ``tensors`` and ``nbytes`` say how much was read."""
+    checked. ``tensors`` and ``nbytes`` say how much was read, ``statistics`` what the findings rest on."""
 
     path: str
     format: str | None
@@ -49,6 +49,7 @@ class Diagnosis:
     nbytes: int
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
+    statistics: Statistics | None = None
 
     @property
     def healthy(self) -> bool:
