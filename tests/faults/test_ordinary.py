@@ -136,7 +136,7 @@ def test_a_full_disk_under_the_output(arguments: list[str]) -> None:
 
 
 def test_a_full_disk_under_the_report_of_a_conversion_says_that_the_result_is_there(tmp_path: Path) -> None:
-    arguments = ["convert", MIXTRAL, tmp_path / "out", "--to", "universal", "--quiet"]
+    arguments = ["convert", MIXTRAL, tmp_path / "out", "--to", "universal"]
     done = forked(tool(*arguments), stdout="/dev/full")
     is_one_sentence(done, codes={4}, says="No space left on device", file="standard output")
     assert f"{tmp_path / 'out'} is complete" in done.stderr
