@@ -19,7 +19,6 @@ from ckpt_tool.statistics.results import (
     Statistics,
     Stats,
     TensorStatistics,
-    Updates,
     experts_of,
     merged,
 )
@@ -118,7 +117,7 @@ class _Found:
         self._groups = groups
         self._lock = threading.Lock()
         self._stats: dict[tuple[int, int, int, int], Stats] = {}
-        self._updates: dict[tuple[int, int, int], Updates] = {}
+        self._updates: dict[tuple[int, int, int], float] = {}
         self._rounding: dict[tuple[int, int, int], Rounding] = {}
         self._failures: dict[int, str] = {}
         self._rows: dict[tuple[int, int], Any] = {}
@@ -131,7 +130,7 @@ class _Found:
             self._failures.setdefault(group, message)
 
     def add(
-        self, item: _Item, stats: Sequence[Stats], updates: Updates | None, rounding: Rounding | None
+        self, item: _Item, stats: Sequence[Stats], updates: float | None, rounding: Rounding | None
     ) -> None:
         import numpy as np
 
@@ -153,7 +152,7 @@ class _Found:
 
     def statistics(self) -> Statistics:
         tensors: dict[tuple[TensorName, str], TensorStatistics] = {}
-        updates: dict[TensorName, list[Updates]] = {}
+        updates: dict[TensorName, list[float]] = {}
         rounding: dict[TensorName, list[Rounding]] = {}
         for (number, part, _), found in sorted(self._updates.items()):
             name = self._groups[number][0].name
@@ -161,10 +160,7 @@ class _Found:
             if part == len(known):
                 known.append(found)
             else:
-                last = known[part]
-                known[part] = Updates(
-                    last.numel + found.numel, last.squares + found.squares, max(last.largest, found.largest)
-                )
+                known[part] = max(known[part], found)
         for (number, part, _), other in sorted(self._rounding.items()):
             name = self._groups[number][0].name
             seen = rounding.setdefault(name, [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -14,17 +14,16 @@ from ckpt_tool.execute.casts import cast
 from ckpt_tool.execute.gather import gather
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.geometry import Piece, block_numel, cut, pieces
-from ckpt_tool.statistics.results import Rounding, Stats, Updates
+from ckpt_tool.statistics.results import Rounding, Stats
 from ckpt_tool.storage import Reader
 
 # Elements whose numbers are computed at once: 256 KiB of float32, which the second-level cache holds.
 _BLOCK = 1 << 16
-# Bytes of scratch per element of a block: two float32, what a cast needs, and a flag.
-_SCRATCH = 3 * 4 + 4
-# Added to the root of exp_avg_sq, as by Adam's own default: what is divided by it stays finite.
+# Bytes of scratch per element of a block: two float32 and a flag.
+_SCRATCH = 2 * 4 + 1
+# Adam's own default: what is divided by a root with it stays finite.
 ADAM_EPS = 1e-8
-# Where squares of float32 neither overflow nor vanish.
-_SAFE = (1e-15, 1e15)
+_LARGEST_SQUARED = 1e11  # float32 holds its square divided by that of eps
 
 
 def width(group: Sequence[Tensor]) -> int:
@@ -45,15 +44,13 @@ class Worker:
         at = arena - self._block * _SCRATCH
         at = at // 64 * 64
         self._data = self._arena[:at]
-        scratch = np.frombuffer(self._arena, np.float32, 3 * self._block, at)
-        self._one, self._other, self._third = (
-            scratch[index * self._block : (index + 1) * self._block] for index in range(3)
-        )
-        self._flags = np.frombuffer(self._arena, np.bool_, self._block, at + 3 * 4 * self._block)
+        scratch = np.frombuffer(self._arena, np.float32, 2 * self._block, at)
+        self._one, self._other = scratch[: self._block], scratch[self._block :]
+        self._flags = np.frombuffer(self._arena, np.bool_, self._block, at + 2 * 4 * self._block)
 
     def measure(
         self, group: Sequence[Tensor], start: int, numel: int
-    ) -> tuple[list[Stats], Updates | None, Rounding | None]:
+    ) -> tuple[list[Stats], float | None, Rounding | None]:
         """Elements ``start .. start + numel`` of the states of one parameter, which have one shape.
 
         Raises:
@@ -75,11 +72,11 @@ class Worker:
                     data[first * tensor.dtype.itemsize :][: size * tensor.dtype.itemsize]
                     for tensor, data in zip(group, filled, strict=True)
                 ]
-                sound = [
+                ranges = [
                     self._numbers(tensor.dtype, data, sum_)
                     for tensor, data, sum_ in zip(group, cells, sums, strict=True)
                 ]
-                updates.add(cells, sound, self)
+                updates.add(cells, ranges, self)
                 rounding.add(cells, self)
             self._meter.add(sum(map(len, filled)))
         stats = [
@@ -118,8 +115,8 @@ class Worker:
             np.copyto(out, np.frombuffer(data, kind), casting="unsafe")
         return out
 
-    def _numbers(self, dtype: DType, data: memoryview, sums: _Sums) -> bool:
-        """Add a block to ``sums``; whether all of it is finite."""
+    def _numbers(self, dtype: DType, data: memoryview, sums: _Sums) -> _Range | None:
+        """Add a block to ``sums``; its least and largest element, None where not all of it is finite."""
         import numpy as np
 
         values = self.floats(dtype, data, self._one)
@@ -132,50 +129,34 @@ class Worker:
                 sums.nan += nan
                 sums.infinite += values.size - finite.size - nan
                 if not finite.size:
-                    return False
+                    return None
                 values, least, most = finite, float(finite.min()), float(finite.max())
             if least <= 0 <= most:
                 flags = np.equal(values, 0, out=self._flags[: values.size])
                 sums.zeros += int(np.count_nonzero(flags))
             sums.least, sums.most = min(sums.least, least), max(sums.most, most)
-            largest = max(-least, most)
-            if largest:
-                total, squares = self.sums(values, largest)
-                sums.total += total
-                sums.squares += squares
-        return sound
-
-    def sums(self, values: Any, largest: float) -> tuple[float, float]:
-        """The sum, and that of squares; in float64 where float32 cannot hold them."""
-        import numpy as np
-
-        if values.dtype == np.float32 and _SAFE[0] < largest < _SAFE[1]:
-            squares = np.multiply(values, values, out=self._third[: values.size])
-            return float(values.sum()), float(squares.sum())
-        # squares of what is beyond 1e150 are infinite in float64, too, as is their norm
-        total = squared = 0.0
-        for low in range(0, values.size, 4096):
-            wide = values[low : low + 4096].astype(np.float64)
-            total += float(wide.sum())
-            squared += float(np.multiply(wide, wide, out=wide).sum())
-        return total, squared
+        return _Range(least, most) if sound else None
 
     def scratch(self, size: int) -> tuple[Any, Any, Any]:
         return self._one[:size], self._other[:size], self._flags[:size]
 
 
+class _Range(NamedTuple):
+    least: float
+    most: float
+
+
 class _Sums:
     """Sums over the blocks of a part."""
 
-    __slots__ = ("infinite", "least", "most", "nan", "squares", "total", "zeros")
+    __slots__ = ("infinite", "least", "most", "nan", "zeros")
 
     def __init__(self) -> None:
         self.nan = self.infinite = self.zeros = 0
         self.least, self.most = math.inf, -math.inf
-        self.total = self.squares = 0.0
 
-    def values(self) -> tuple[int, int, int, float, float, float, float]:
-        return self.nan, self.infinite, self.zeros, self.least, self.most, self.total, self.squares
+    def values(self) -> tuple[int, int, int, float, float]:
+        return self.nan, self.infinite, self.zeros, self.least, self.most
 
 
 def _index(group: Sequence[Tensor], state: str) -> int | None:
@@ -183,37 +164,47 @@ def _index(group: Sequence[Tensor], state: str) -> int | None:
 
 
 class _Updating:
-    """Adds up update sizes, where a group has both moments."""
+    """The largest update by Adam's moments, where a group has both: without bias correction, and with eps
+    under the root, where it costs less. No history of gradients makes more of it than of Adam's own."""
 
     def __init__(self, group: Sequence[Tensor]) -> None:
         self._group = group
         self._m, self._v = _index(group, EXP_AVG), _index(group, EXP_AVG_SQ)
-        self._numel, self._squares, self._largest = 0, 0.0, 0.0
+        self._squared = 0.0
 
-    def add(self, cells: Sequence[memoryview], sound: Sequence[bool], worker: Worker) -> None:
+    def add(self, cells: Sequence[memoryview], ranges: Sequence[_Range | None], worker: Worker) -> None:
         import numpy as np
 
-        if self._m is None or self._v is None or not (sound[self._m] and sound[self._v]):
+        if self._m is None or self._v is None:
+            return
+        m_range, v_range = ranges[self._m], ranges[self._v]
+        if m_range is None or v_range is None or v_range.least < 0:
             return
         m_type, v_type = self._group[self._m].dtype, self._group[self._v].dtype
-        numel = len(cells[self._m]) // m_type.itemsize
-        one, other, _ = worker.scratch(numel)
-        with np.errstate(all="ignore"):
-            root = np.sqrt(worker.floats(v_type, cells[self._v], other), dtype=np.float32, out=other)
-            np.add(root, np.float32(ADAM_EPS), out=root)
-            size = np.divide(worker.floats(m_type, cells[self._m], one), root, dtype=np.float32, out=other)
-            largest = max(-float(size.min()), float(size.max()))
-            if not math.isfinite(largest):  # roots of negative numbers are no numbers
-                return
-            self._largest = max(self._largest, largest)
-            self._numel += numel
-            if largest:
-                self._squares += worker.sums(size, largest)[1]
+        one, other, _ = worker.scratch(len(cells[self._m]) // m_type.itemsize)
+        m = worker.floats(m_type, cells[self._m], one)
+        v = worker.floats(v_type, cells[self._v], other)
+        if max(-m_range.least, m_range.most) < _LARGEST_SQUARED:
+            squares = np.multiply(m, m, out=one, dtype=np.float32)
+            root = np.add(v, np.float32(ADAM_EPS**2), out=other, dtype=np.float32)
+            np.divide(squares, root, out=one)
+            self._squared = max(self._squared, float(one.max()))
+        else:
+            self._squared = max(self._squared, _in_float64(m, v))
 
-    def found(self) -> Updates | None:
-        if self._m is None or self._v is None:
-            return None
-        return Updates(self._numel, self._squares, self._largest)
+    def found(self) -> float | None:
+        return None if self._m is None or self._v is None else math.sqrt(self._squared)
+
+
+def _in_float64(m: Any, v: Any) -> float:
+    """The largest ``m * m / (v + eps * eps)``, a little at a time."""
+    import numpy as np
+
+    largest = 0.0
+    for low in range(0, m.size, 4096):
+        wide = m[low : low + 4096].astype(np.float64)
+        largest = max(largest, float((wide * (wide / (v[low : low + 4096] + ADAM_EPS**2))).max()))
+    return largest
 
 
 class _Comparing:
