@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -99,6 +100,23 @@ def test_ranks_of_different_steps(w4e4: Path) -> None:
     assert any("ds_version 0.19.8" in found.message and model(0) in found.message for found in findings)
     steps = next(found for found in findings if "global_steps" in found.message)
     assert len(steps.subjects) == 2
+
+
+@pytest.mark.parametrize("pattern", ["*model_states.pt", "*optim_states.pt"])
+@pytest.mark.parametrize("name", ["mixtral_w4e4", "mixtral_z2_w4e2", "mixtral_z1_bf16_w2e2"])
+def test_a_file_of_another_release(name: str, pattern: str, tmp_path: Path) -> None:
+    tag = copy_fixture(name, tmp_path)
+    file = max(path for path in tag.glob(pattern) if "expert" not in path.name)
+
+    def older(root: dict[str, Any]) -> None:
+        for holder in (root, root.get("optimizer_state_dict", {})):
+            if "ds_version" in holder:
+                holder["ds_version"] = "0.18.0"
+
+    edit(file, older)
+    found = errors(tag)["mixed_saves"]
+    assert "ds_version 0.19.8" in found.message
+    assert found.subjects == (f"{file.name} (0.18.0)",)
 
 
 def test_an_optimizer_of_another_step(w4e4: Path) -> None:

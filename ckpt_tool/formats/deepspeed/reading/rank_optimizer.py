@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ckpt_tool.canonical import same
 from ckpt_tool.containers.pickle_records import Opaque, TensorRecord
 from ckpt_tool.containers.torch_zip import TorchArchive
-from ckpt_tool.errors import UnreadableError
+from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
 from ckpt_tool.formats.deepspeed.reading.rank_files import FlatBuffer, RankFiles
 from ckpt_tool.formats.deepspeed.reading.repeated import Repeated
@@ -18,11 +19,18 @@ def read_optimizer(archive: TorchArchive, files: RankFiles, repeated: Repeated) 
 
     Raises:
         UnreadableError: it is no optimizer file of ZeRO-3, malformed, or does not fit the model file.
+        MismatchError: another release wrote it than the model file.
     """
     where = archive.where
     zero: Any = archive.root["optimizer_state_dict"] if _has(archive.root, "optimizer_state_dict") else None
     if not _has(zero, "fp32_flat_groups"):
         raise UnreadableError(f"{where} has no fp32_flat_groups: it is no ZeRO-3 optim_states file.")
+    version, theirs = archive.root.get("ds_version"), files.engine.get("ds_version")
+    if None not in (version, theirs) and not same(version, theirs):
+        raise MismatchError(
+            f"{where} says ds_version={version!r}, {files.model_file} says {theirs!r}. The directory mixes "
+            "files of different saves; copy this checkpoint again from its origin."
+        )
     stage = zero.get("zero_stage")
     files.zero_stage = stage.args[0] if isinstance(stage, Opaque) else (3 if stage is None else stage)
     files.partition_groups = zero.get("ds_zero_partition_groups")
