@@ -65,12 +65,12 @@ def archive_sums(reader: Reader, source: SourceFile, *, tensors_only: bool = Fal
         archive = StoredZip(reader, source.path, offset, length)
         within = f" of the archive at byte {offset}" if offset or len(source.archives) > 1 else ""
         for name, info in archive.records.items():
-            if tensors_only and not name.startswith(_TENSORS):
+            if tensors_only and not (info.file_size and name.startswith(_TENSORS)):
                 continue
+            start = archive.record_offset(name)  # looks whether it is there, also where it is empty
             if info.file_size and not info.CRC:
                 without += 1  # torch was told not to compute it
             elif info.file_size:
-                start = archive.record_offset(name)
                 sums.append(Sum(source.path, start, info.file_size, f"record {name}{within}", info.CRC))
     return ArchiveSums(sums, without)
 

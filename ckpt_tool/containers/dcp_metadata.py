@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -139,7 +139,7 @@ def read_metadata(reader: Reader, path: str) -> Metadata:
         raise UnreadableError(
             f"{where} is not what torch.distributed.checkpoint writes ({type(error).__name__}: {error})."
         ) from error
-    return Metadata(entries, _paths(paths))
+    return Metadata(entries, _paths(paths, entries, where))
 
 
 def _check_all_listed(
@@ -156,15 +156,30 @@ def _check_all_listed(
             )
 
 
-def _paths(planner_data: Any) -> dict[str, Path]:
-    """None where the state dict was not flattened; Megatron puts other things here."""
+def _paths(planner_data: Any, keys: Collection[str], where: str) -> dict[str, Path]:
+    """None where the state dict was not flattened; Megatron puts other things here.
+
+    A key is its path joined with dots (torch 2.13, distributed/checkpoint/_nested_dict.py): the file says
+    every name twice. A rank's paths may be more than was saved: objects are saved by one rank alone.
+    """
     if not isinstance(planner_data, dict):
         return {}
-    return {
+    paths = {
         key: tuple(path)
         for key, path in planner_data.items()
         if isinstance(key, str) and isinstance(path, tuple) and all(isinstance(p, str | int) for p in path)
     }
+    other = [key for key in {**planner_data, **dict.fromkeys(keys)} if _joined(paths.get(key)) != key]
+    if other and 2 * len(other) < len(planner_data):  # else another planner's, which has its own way
+        raise UnreadableError(
+            f"{where}: {other[0]!r} is at {paths.get(other[0])!r} in the state dict; a key is its path "
+            "joined with dots. The file is damaged; copy it again from where it was saved."
+        )
+    return paths
+
+
+def _joined(path: Path | None) -> str | None:
+    return None if path is None else ".".join(map(str, path))
 
 
 def _state(value: Any, name: str) -> dict[str, Any]:
@@ -183,7 +198,12 @@ def _entry(
     state = _state(value, "TensorStorageMetadata")
     properties = state["properties"]
     described = properties.state if isinstance(properties, Opaque) else None
-    named = described[0] if isinstance(described, tuple) else _mapping(described)["dtype"]
+    if isinstance(described, tuple):
+        named, _, _, memory_format, _ = described
+        if not isinstance(memory_format, Opaque) or "MEM_FORMAT" not in memory_format.qualname:
+            raise ValueError(f"{memory_format!r} where a memory format belongs")
+    else:
+        named = _mapping(described)["dtype"]
     shape = _numbers(state["size"])
     if not isinstance(named, Named) or named.name not in _DTYPES:
         raise UnreadableError(f"{where}: {key!r} is of {named!r}, a dtype that is not supported.")

@@ -27,8 +27,10 @@ _SAMPLE = 4096
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END, _END_MARK = struct.Struct("<4s4H2IH"), b"PK\x05\x06"
 _END64 = struct.Struct("<4sQ2H2I4Q")
-_LOCATOR = 20  # bytes that say where the second end is, which large archives have
-_TAIL = _END.size + _LOCATOR + _END64.size
+_LOCATOR = struct.Struct("<4sIQI")  # says where the second end is, which large archives have
+_TAIL = _END.size + _LOCATOR.size + _END64.size
+# What miniz, which torch reads with, does not read or takes for empty: encrypted, a patch; a directory.
+_FLAGS, _DIRECTORY = 1 << 0 | 1 << 5 | 1 << 6 | 1 << 13, 1 << 4
 _FAR = 1 << 16  # where an end is looked for that is not at the end
 _SATURATED = 0xFFFFFFFF
 _FIELD = 4  # bytes before an extra field's content: its kind and length
@@ -107,15 +109,18 @@ class StoredZip:
             if _END_MARK in self._read(max(0, self.size - _FAR), min(_FAR, self.size)):
                 raise self._not_one_archive()
             raise self._incomplete("no end of a zip archive")
-        _, _, _, _, count, length, start, _ = _END.unpack(end)
-        after = self.size - _END.size
-        if tail[-_END.size - _LOCATOR : -_END.size - _LOCATOR + 4] == b"PK\x06\x07":
-            after -= _LOCATOR + _END64.size
-            large = tail[-_END.size - _LOCATOR - _END64.size :][: _END64.size]
+        _, disk, first_disk, here, count, length, start, _ = _END.unpack(end)
+        after, disks = self.size - _END.size, (disk, first_disk)
+        locator = tail[-_END.size - _LOCATOR.size : -_END.size]
+        if locator[:4] == b"PK\x06\x07":
+            after -= _LOCATOR.size + _END64.size
+            large = tail[-_END.size - _LOCATOR.size - _END64.size :][: _END64.size]
             if len(large) < _END64.size or large[:4] != b"PK\x06\x06":
                 raise self._incomplete("its second end is missing")
-            *_, count, length, start = _END64.unpack(large)
-        if start + length != after:
+            _, _, _, _, disk, first_disk, here, count, length, start = _END64.unpack(large)
+            _, held_by, place, total = _LOCATOR.unpack(locator)
+            disks = (*disks, disk, first_disk, held_by, total - 1, place - after)
+        if start + length != after or here != count or any(disks):
             raise self._not_one_archive()
         from_end = self.size - start
         directory = tail[-from_end:] if from_end <= len(tail) else self._read(start, from_end)
@@ -233,15 +238,21 @@ def _entries(directory: bytes, length: int) -> list[tuple[str, Record]]:
         ValueError, struct.error: it is no directory of a zip archive.
     """
     found = []
+    folder = b""
     at = 0
     while at < length:
         (
-            mark, _, _, flags, kind, _, _, crc, packed, size, named, extra, comment, _, _, _, start,
+            mark, _, _, flags, kind, _, _, crc, packed, size, named, extra, comment, disk, _, nature, start,
         ) = _CENTRAL.unpack_from(directory, at)  # fmt: skip
         at += _CENTRAL.size
         if mark != b"PK\x01\x02":
             raise ValueError("its directory is damaged")
+        if flags & _FLAGS or nature & _DIRECTORY or disk:
+            raise ValueError("a record is encrypted, a directory, or in another file")
         stated = directory[at : at + named]
+        folder = folder or stated[: stated.find(b"/") + 1]
+        if not folder or not stated.startswith(folder):
+            raise ValueError("not all of its records are in one folder")
         at += named + extra + comment
         if at > length:
             raise ValueError("its directory is cut off")

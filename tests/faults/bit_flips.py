@@ -72,6 +72,15 @@ def _flip(path: Path, bit: int) -> None:
         file.write(bytes([byte ^ 1 << bit % 8]))
 
 
+def flipped(path: Path, bit: int, look: Callable[[], bool]) -> bool:
+    """What ``look`` says while a bit of a file is flipped."""
+    _flip(path, bit)
+    try:
+        return look()
+    finally:
+        _flip(path, bit)
+
+
 def is_found(directory: Path) -> bool:
     """Whether ``verify`` finds something wrong with a checkpoint."""
     try:
