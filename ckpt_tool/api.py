@@ -372,7 +372,9 @@ def page(
     reader, checkpoint = open_checkpoint(path)
     try:
         checkpoint = _with_experts(checkpoint, path, config)
-        diagnosis = examine(checkpoint, reader, found, how.budget(), how.meter) if stats else None
+        diagnosis = (
+            examine(checkpoint, reader, found, how.budget(), how.meter, sums=True) if stats else None
+        )
         write_page(file, rendered(page_data(checkpoint, diagnosis)))
     finally:
         reader.close()

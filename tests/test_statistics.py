@@ -27,7 +27,7 @@ SMALL, LARGE = Budget.share(128 * KIB, 1), Budget.share(64 * MIB, 2)
 def found(directory: Path, tensors: list[Tensor], budget: Budget = LARGE) -> Statistics:
     reader = LocalReader(directory)
     try:
-        return measure(tensors, reader, budget, Silent())
+        return measure(tensors, reader, budget, Silent(), sums=True)
     finally:
         reader.close()
 
@@ -43,6 +43,11 @@ def assert_like_torch(stats: Stats, tensor: torch.Tensor) -> None:
     assert stats.zeros == int((values == 0).sum())
     assert stats.least == (float(finite.min()) if finite.numel() else math.inf)
     assert stats.most == (float(finite.max()) if finite.numel() else -math.inf)
+    size = float(finite.abs().sum())
+    if math.isfinite(size):
+        assert stats.total == pytest.approx(float(finite.sum()), rel=1e-5, abs=1e-5 * size)
+    squares = float(finite.square().sum())
+    assert stats.squares == (pytest.approx(squares, rel=1e-5) if math.isfinite(squares) else squares)
     assert stats.digest == xxhash.xxh3_128(raw(tensor)).digest()
 
 
@@ -56,6 +61,21 @@ def test_every_dtype(dtype: str, budget: Budget, tmp_path: Path) -> None:
     with_numbers = found(tmp_path, list(known.values()), budget).tensors["a.weight", "weight"]
     assert not with_numbers.by_expert
     assert_like_torch(with_numbers.whole, tensor)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e18, 1e30])
+def test_squares_neither_overflow_nor_vanish(scale: float, tmp_path: Path) -> None:
+    tensor = torch.randn(10_000, generator=torch.Generator().manual_seed(1)) * scale
+    known = stored(tmp_path, {"a": tensor})
+    assert_like_torch(found(tmp_path, list(known.values())).tensors["a", "weight"].whole, tensor)
+
+
+def test_sums_that_were_not_asked_for_are_no_numbers(tmp_path: Path) -> None:
+    known = stored(tmp_path, {"a": torch.ones(10)})
+    reader = LocalReader(tmp_path)
+    stats = measure(known.values(), reader, LARGE, Silent()).tensors["a", "weight"].whole
+    assert all(map(math.isnan, (stats.total, stats.squares, stats.mean, stats.l2)))
+    assert stats.most == 1
 
 
 def test_experts_one_by_one(tmp_path: Path) -> None:
@@ -86,7 +106,8 @@ def test_tensors_that_several_workers_share(tmp_path: Path, monkeypatch: pytest.
     whole = found(tmp_path, list(known.values())).tensors["a", "weight"].whole
     monkeypatch.setattr(measuring, "_EXTENT", 999)
     shared = found(tmp_path, list(known.values())).tensors["a", "weight"].whole
-    assert shared[:-1] == whole[:-1]
+    assert shared[:6] == whole[:6]
+    assert shared.squares == pytest.approx(whole.squares, rel=1e-6)
     again = found(tmp_path, list(known.values()), SMALL).tensors["a", "weight"].whole
     assert again.digest == shared.digest
 
@@ -98,15 +119,17 @@ def _states(directory: Path, tensors: Mapping[str, torch.Tensor]) -> list[Tensor
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-12, 1e-4, 1e10, 1e14, 1e30])
-def test_the_largest_update(scale: float, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_update_sizes(scale: float, dtype: torch.dtype, tmp_path: Path) -> None:
     """Of whatever size the moments are; their squares neither overflow nor vanish."""
     generator = torch.Generator().manual_seed(6)
     mean = (torch.randn(30_000, generator=generator) * scale).to(dtype)
     square = (torch.rand(30_000, generator=generator) * min(scale * scale, 1e30)).to(dtype)
     states = _states(tmp_path, {"exp_avg": mean, "exp_avg_sq": square})
-    (largest,) = found(tmp_path, states, SMALL).updates["p"]
+    (updates,) = found(tmp_path, states, SMALL).updates["p"]
     size = mean.double().abs() / (square.double() + 1e-16).sqrt()
-    assert largest == pytest.approx(float(size.max()), rel=1e-4, abs=1e-15)
+    assert updates.numel == 30_000
+    assert updates.largest == pytest.approx(float(size.max()), rel=1e-4, abs=1e-15)
+    assert updates.squares == pytest.approx(float(size.square().sum()), rel=1e-4, abs=1e-15)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -1e-16, -1.0])
@@ -117,7 +140,7 @@ def test_updates_by_moments_that_are_no_numbers_or_negative_are_not_counted(
     square = torch.ones(30_000)
     square[7] = wrong
     states = _states(tmp_path, {"exp_avg": torch.ones(30_000), "exp_avg_sq": square})
-    assert found(tmp_path, states, LARGE).updates["p"] == [0.0]
+    assert found(tmp_path, states, LARGE).updates["p"] == [(0, 0.0, 0.0)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -151,7 +174,7 @@ def test_a_file_that_ends_early_fails_its_own_tensors_alone(tmp_path: Path) -> N
 def test_tensors_of_no_elements(tmp_path: Path) -> None:
     known = stored(tmp_path, {"a": torch.ones(3), "b": torch.ones(0, 4)})
     stats = found(tmp_path, list(known.values())).tensors["b", "weight"].whole
-    assert (stats.numel, stats.nan, stats.least, stats.most) == (0, 0, math.inf, -math.inf)
+    assert (stats.numel, stats.nan, stats.absmax, stats.l2, stats.mean) == (0, 0, 0.0, 0.0, 0.0)
 
 
 _EXAMINE = """

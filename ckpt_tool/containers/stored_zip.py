@@ -110,7 +110,7 @@ class StoredZip:
                 raise self._not_one_archive()
             raise self._incomplete("no end of a zip archive")
         _, disk, first_disk, here, count, length, start, _ = _END.unpack(end)
-        after, disks = self.size - _END.size, (disk, first_disk)
+        after, disks = self.size - _END.size, [disk, first_disk]
         locator = tail[-_END.size - _LOCATOR.size : -_END.size]
         if locator[:4] == b"PK\x06\x07":
             after -= _LOCATOR.size + _END64.size
@@ -119,7 +119,7 @@ class StoredZip:
                 raise self._incomplete("its second end is missing")
             _, _, _, _, disk, first_disk, here, count, length, start = _END64.unpack(large)
             _, held_by, place, total = _LOCATOR.unpack(locator)
-            disks = (*disks, disk, first_disk, held_by, total - 1, place - after)
+            disks += [disk, first_disk, held_by, total - 1, place - after]
         if start + length != after or here != count or any(disks):
             raise self._not_one_archive()
         from_end = self.size - start

@@ -43,8 +43,13 @@ def examine(
     config: Mapping[str, Any] | None,
     budget: Budget,
     meter: Meter,
+    *,
+    sums: bool = False,
 ) -> Diagnosis:
     """Every check of a checkpoint that could be read.
+
+    Args:
+        sums: the statistics are to have means and norms, which no check needs.
 
     Raises:
         ExecutionError: storage failed, or the checkpoint changed meanwhile.
@@ -52,7 +57,7 @@ def examine(
     findings = [*_coverage(checkpoint), *_copies(checkpoint, reader, budget)]
     broken = {subject for finding in findings for subject in finding.subjects}
     sound = [tensor for tensor in checkpoint.tensors if tensor.label() not in broken]
-    case = Case(checkpoint, reader, config, measure(sound, reader, budget, meter))
+    case = Case(checkpoint, reader, config, measure(sound, reader, budget, meter, sums=sums))
     changed = reader.changed()
     if changed is not None:
         raise ExecutionError(

@@ -292,11 +292,11 @@ def moments_belong_together(case: Case) -> Iterable[Finding]:
             continue
         mean = states[0]
         subjects += [
-            f"{case.part(mean, number)} ({one:.3g} times the root of exp_avg_sq; at most "
+            f"{case.part(mean, number)} ({one.largest:.3g} times the root of exp_avg_sq; at most "
             f"{bound:.3g} "
             "is possible)"
             for number, one in enumerate(parts)
-            if mean is not None and one > _MARGIN * bound
+            if mean is not None and one.largest > _MARGIN * bound
         ]
     return found(
         "moments_disagree",

@@ -12,6 +12,7 @@ from ckpt_tool.statistics.results import Rounding as Rounding
 from ckpt_tool.statistics.results import Statistics as Statistics
 from ckpt_tool.statistics.results import Stats as Stats
 from ckpt_tool.statistics.results import TensorStatistics as TensorStatistics
+from ckpt_tool.statistics.results import Updates as Updates
 from ckpt_tool.statistics.results import experts_of as experts_of
 from ckpt_tool.statistics.results import layer_of as layer_of
 from ckpt_tool.statistics.results import merged as merged

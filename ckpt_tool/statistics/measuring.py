@@ -19,6 +19,7 @@ from ckpt_tool.statistics.results import (
     Statistics,
     Stats,
     TensorStatistics,
+    Updates,
     experts_of,
     merged,
 )
@@ -31,12 +32,19 @@ _EXTENT = 1 << 24
 
 
 def measure(
-    tensors: Iterable[Tensor], reader: Reader, budget: Budget, meter: Meter, *, digests_only: bool = False
+    tensors: Iterable[Tensor],
+    reader: Reader,
+    budget: Budget,
+    meter: Meter,
+    *,
+    digests_only: bool = False,
+    sums: bool = False,
 ) -> Statistics:
     """Go through ``tensors`` once, with at most ``budget.nbytes`` in buffers (more only as it allows).
 
     Args:
         digests_only: no numbers but ``numel`` and ``digest``.
+        sums: ``total`` and ``squares`` too, which cost as much time as all else.
 
     Raises:
         ExecutionError: storage failed. A file that ends early is one of ``failures``.
@@ -57,7 +65,9 @@ def measure(
         except UnreadableError as error:
             found.fail(item.group, str(error))
 
-    in_parallel(_items(groups), lambda: Worker(decoding, arena, meter, digests_only), one, budget.workers)
+    in_parallel(
+        _items(groups), lambda: Worker(decoding, arena, meter, digests_only, sums), one, budget.workers
+    )
     return found.statistics()
 
 
@@ -117,7 +127,7 @@ class _Found:
         self._groups = groups
         self._lock = threading.Lock()
         self._stats: dict[tuple[int, int, int, int], Stats] = {}
-        self._updates: dict[tuple[int, int, int], float] = {}
+        self._updates: dict[tuple[int, int, int], Updates] = {}
         self._rounding: dict[tuple[int, int, int], Rounding] = {}
         self._failures: dict[int, str] = {}
         self._rows: dict[tuple[int, int], Any] = {}
@@ -130,7 +140,7 @@ class _Found:
             self._failures.setdefault(group, message)
 
     def add(
-        self, item: _Item, stats: Sequence[Stats], updates: float | None, rounding: Rounding | None
+        self, item: _Item, stats: Sequence[Stats], updates: Updates | None, rounding: Rounding | None
     ) -> None:
         import numpy as np
 
@@ -152,7 +162,7 @@ class _Found:
 
     def statistics(self) -> Statistics:
         tensors: dict[tuple[TensorName, str], TensorStatistics] = {}
-        updates: dict[TensorName, list[float]] = {}
+        updates: dict[TensorName, list[Updates]] = {}
         rounding: dict[TensorName, list[Rounding]] = {}
         for (number, part, _), found in sorted(self._updates.items()):
             name = self._groups[number][0].name
@@ -160,7 +170,10 @@ class _Found:
             if part == len(known):
                 known.append(found)
             else:
-                known[part] = max(known[part], found)
+                last = known[part]
+                known[part] = Updates(
+                    last.numel + found.numel, last.squares + found.squares, max(last.largest, found.largest)
+                )
         for (number, part, _), other in sorted(self._rounding.items()):
             name = self._groups[number][0].name
             seen = rounding.setdefault(name, [])

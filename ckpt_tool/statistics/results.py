@@ -15,7 +15,7 @@ from ckpt_tool.canonical import ExpertName, Tensor, TensorName
 # A fused stack whose family is not known: the experts are its first dimension all the same.
 _FUSED = re.compile(r"(?P<layer>(?:.*\.)?\d+)\..*experts\.\w+")
 
-# The fields of ``Stats`` as numpy has them, a row of 64 bytes for each expert.
+# The fields of ``Stats`` as numpy has them, a row of 80 bytes for each expert.
 NUMBERS = (
     ("numel", "i8"),
     ("nan", "i8"),
@@ -23,6 +23,8 @@ NUMBERS = (
     ("zeros", "i8"),
     ("least", "f8"),
     ("most", "f8"),
+    ("total", "f8"),
+    ("squares", "f8"),
     ("digest", "V16"),
 )
 
@@ -43,9 +45,10 @@ def experts_of(tensor: Tensor) -> int | None:
 class Stats(NamedTuple):
     """Numbers of a tensor, or of one expert of it.
 
-    ``least`` and ``most`` are of the finite elements; without any, they are inf and -inf. ``digest`` is the
-    XXH3-128 of the bytes in row-major order (of the digests of its stretches of 2 ** 24 elements, where
-    there are several).
+    ``least``, ``most``, ``total`` and ``squares`` (the sum of squares) are of the finite elements; without
+    any, ``least`` is inf and ``most`` -inf. The two sums are NaN where they were not asked for, as are
+    ``mean`` and ``l2`` then. ``digest`` is the XXH3-128 of the bytes in row-major order (of the digests of
+    its stretches of 2 ** 24 elements, where there are several).
     """
 
     numel: int
@@ -54,11 +57,25 @@ class Stats(NamedTuple):
     zeros: int
     least: float
     most: float
+    total: float
+    squares: float
     digest: bytes
 
     @property
     def non_finite(self) -> int:
         return self.nan + self.infinite
+
+    @property
+    def absmax(self) -> float:
+        return max(-self.least, self.most, 0.0)
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, self.numel - self.non_finite)
+
+    @property
+    def l2(self) -> float:
+        return math.sqrt(self.squares)
 
     @property
     def all_zero(self) -> bool:
@@ -68,6 +85,15 @@ class Stats(NamedTuple):
     def constant(self) -> bool:
         """Whether all elements are one finite number. A tensor of no elements is."""
         return not self.non_finite and (self.least == self.most or not self.numel)
+
+
+class Updates(NamedTuple):
+    """Of ``exp_avg / sqrt(exp_avg_sq + 1e-16)``, without bias correction, in blocks that are finite: how
+    many, the sum of squares, and the largest."""
+
+    numel: int
+    squares: float
+    largest: float
 
 
 class Rounding(NamedTuple):
@@ -102,13 +128,12 @@ class TensorStatistics:
 class Statistics:
     """What the pass found. Parts are experts, where a tensor has some.
 
-    ``updates`` has, where both of Adam's moments are, the largest ``|exp_avg| / sqrt(exp_avg_sq + 1e-16)``
-    of each part, of blocks that are finite; ``rounding`` is there where a weight is stored beside its
+    ``updates`` are there where both of Adam's moments are, ``rounding`` where a weight is stored beside its
     master. ``failures`` says of a parameter why it could not be read.
     """
 
     tensors: Mapping[tuple[TensorName, str], TensorStatistics]
-    updates: Mapping[TensorName, Sequence[float]] = field(default_factory=dict)
+    updates: Mapping[TensorName, Sequence[Updates]] = field(default_factory=dict)
     rounding: Mapping[TensorName, Sequence[Rounding]] = field(default_factory=dict)
     failures: Mapping[TensorName, str] = field(default_factory=dict)
 
@@ -127,6 +152,8 @@ def merged(parts: Sequence[Stats]) -> Stats:
         sum(part.zeros for part in parts),
         min((part.least for part in parts), default=math.inf),
         max((part.most for part in parts), default=-math.inf),
+        sum(part.total for part in parts),
+        sum(part.squares for part in parts),
         xxhash.xxh3_128(b"".join(part.digest for part in parts)).digest(),
     )
 

@@ -14,7 +14,7 @@ from ckpt_tool.execute.casts import cast
 from ckpt_tool.execute.gather import gather
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.geometry import Piece, block_numel, cut, pieces
-from ckpt_tool.statistics.results import Rounding, Stats
+from ckpt_tool.statistics.results import Rounding, Stats, Updates
 from ckpt_tool.storage import Reader
 
 # Elements whose numbers are computed at once: 256 KiB of float32, which the second-level cache holds.
@@ -23,6 +23,8 @@ _BLOCK = 1 << 16
 _SCRATCH = 2 * 4 + 1
 # Adam's own default: what is divided by a root with it stays finite.
 ADAM_EPS = 1e-8
+# Where squares of float32 neither overflow nor vanish, and their sum over a block does not.
+_SAFE = (1e-15, 1e15)
 _LARGEST_SQUARED = 1e11  # float32 holds its square divided by that of eps
 
 
@@ -35,10 +37,11 @@ def width(group: Sequence[Tensor]) -> int:
 class Worker:
     """Buffers for the states of one parameter, and scratch for the numbers of a block of them."""
 
-    def __init__(self, reader: Reader, arena: int, meter: Meter, digests_only: bool) -> None:
+    def __init__(self, reader: Reader, arena: int, meter: Meter, digests_only: bool, sums: bool) -> None:
         import numpy as np
 
         self._reader, self._meter, self._digests_only = reader, meter, digests_only
+        self._with_sums = sums
         self._arena = memoryview(bytearray(arena))
         self._block = max(1, min(_BLOCK, arena // 4 // _SCRATCH) // 16 * 16)
         at = arena - self._block * _SCRATCH
@@ -50,7 +53,7 @@ class Worker:
 
     def measure(
         self, group: Sequence[Tensor], start: int, numel: int
-    ) -> tuple[list[Stats], float | None, Rounding | None]:
+    ) -> tuple[list[Stats], Updates | None, Rounding | None]:
         """Elements ``start .. start + numel`` of the states of one parameter, which have one shape.
 
         Raises:
@@ -58,7 +61,7 @@ class Worker:
         """
         where = [pieces(tensor, start, numel) for tensor in group]
         digests = [xxhash.xxh3_128() for _ in group]
-        sums = [_Sums() for _ in group]
+        sums = [_Sums(self._with_sums) for _ in group]
         updates, rounding = _Updating(group), _Comparing(group)
         most = max(1, (len(self._data) - 64 * len(group)) // width(group))
         block = max(block_numel(tensor, one) for tensor, one in zip(group, where, strict=True))
@@ -135,7 +138,26 @@ class Worker:
                 flags = np.equal(values, 0, out=self._flags[: values.size])
                 sums.zeros += int(np.count_nonzero(flags))
             sums.least, sums.most = min(sums.least, least), max(sums.most, most)
+            if self._with_sums and max(-least, most):
+                total, squares = self._sums_of(values, max(-least, most))
+                sums.total += total
+                sums.squares += squares
         return _Range(least, most) if sound else None
+
+    def _sums_of(self, values: Any, largest: float) -> tuple[float, float]:
+        """The sum, and that of squares; in float64 where float32 cannot hold them."""
+        import numpy as np
+
+        if values.dtype == np.float32 and _SAFE[0] < largest < _SAFE[1]:
+            squares = np.multiply(values, values, out=self._other[: values.size])
+            return float(values.sum()), float(squares.sum())
+        # squares of what is beyond 1e150 are infinite in float64, too, as is their norm
+        total = squared = 0.0
+        for low in range(0, values.size, 4096):
+            wide = values[low : low + 4096].astype(np.float64)
+            total += float(wide.sum())
+            squared += float(np.multiply(wide, wide, out=wide).sum())
+        return total, squared
 
     def scratch(self, size: int) -> tuple[Any, Any, Any]:
         return self._one[:size], self._other[:size], self._flags[:size]
@@ -149,14 +171,15 @@ class _Range(NamedTuple):
 class _Sums:
     """Sums over the blocks of a part."""
 
-    __slots__ = ("infinite", "least", "most", "nan", "zeros")
+    __slots__ = ("infinite", "least", "most", "nan", "squares", "total", "zeros")
 
-    def __init__(self) -> None:
+    def __init__(self, with_sums: bool) -> None:
         self.nan = self.infinite = self.zeros = 0
         self.least, self.most = math.inf, -math.inf
+        self.total = self.squares = 0.0 if with_sums else math.nan
 
-    def values(self) -> tuple[int, int, int, float, float]:
-        return self.nan, self.infinite, self.zeros, self.least, self.most
+    def values(self) -> tuple[int, int, int, float, float, float, float]:
+        return self.nan, self.infinite, self.zeros, self.least, self.most, self.total, self.squares
 
 
 def _index(group: Sequence[Tensor], state: str) -> int | None:
@@ -170,7 +193,7 @@ class _Updating:
     def __init__(self, group: Sequence[Tensor]) -> None:
         self._group = group
         self._m, self._v = _index(group, EXP_AVG), _index(group, EXP_AVG_SQ)
-        self._squared = 0.0
+        self._numel, self._squares, self._largest = 0, 0.0, 0.0
 
     def add(self, cells: Sequence[memoryview], ranges: Sequence[_Range | None], worker: Worker) -> None:
         import numpy as np
@@ -188,23 +211,29 @@ class _Updating:
             squares = np.multiply(m, m, out=one, dtype=np.float32)
             root = np.add(v, np.float32(ADAM_EPS**2), out=other, dtype=np.float32)
             np.divide(squares, root, out=one)
-            self._squared = max(self._squared, float(one.max()))
+            total, largest = float(one.sum()), float(one.max())
         else:
-            self._squared = max(self._squared, _in_float64(m, v))
+            total, largest = _in_float64(m, v)
+        self._numel += m.size
+        self._squares += total
+        self._largest = max(self._largest, largest)
 
-    def found(self) -> float | None:
-        return None if self._m is None or self._v is None else math.sqrt(self._squared)
+    def found(self) -> Updates | None:
+        if self._m is None or self._v is None:
+            return None
+        return Updates(self._numel, self._squares, math.sqrt(self._largest))
 
 
-def _in_float64(m: Any, v: Any) -> float:
-    """The largest ``m * m / (v + eps * eps)``, a little at a time."""
+def _in_float64(m: Any, v: Any) -> tuple[float, float]:
+    """The sum and the largest of ``m * m / (v + eps * eps)``, a little at a time."""
     import numpy as np
 
-    largest = 0.0
+    total = largest = 0.0
     for low in range(0, m.size, 4096):
         wide = m[low : low + 4096].astype(np.float64)
-        largest = max(largest, float((wide * (wide / (v[low : low + 4096] + ADAM_EPS**2))).max()))
-    return largest
+        squares = wide * (wide / (v[low : low + 4096] + ADAM_EPS**2))
+        total, largest = total + float(squares.sum()), max(largest, float(squares.max()))
+    return total, largest
 
 
 class _Comparing:
