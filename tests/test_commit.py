@@ -654,6 +654,20 @@ def test_staging_remembers_complete_files_only(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_line_that_a_kill_cut_off_does_not_hide_those_after_it(tmp_path: Path) -> None:
+    staging = staged(tmp_path / "out")
+    os.close(staging._journal)
+    with (staging.path / JOURNAL).open("a") as journal:
+        journal.write('{"path": "torn", "si')
+    again = staged(tmp_path / "out")
+    (again.path / "complete").write_text("complete")
+    again.add(WrittenFile("complete", 8, (WrittenExtent(0, 8, "x", 1),)))
+    os.close(again._journal)
+    last = staged(tmp_path / "out")
+    assert list(last.done) == ["complete"]
+    last.close()
+
+
 def test_a_file_that_an_earlier_release_completed_is_written_again(tmp_path: Path) -> None:
     """Before manifests of version 3 the journal kept no CRC-32 of extents."""
     staging = staged(tmp_path / "out")

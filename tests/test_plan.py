@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 
 from ckpt_tool import api
-from ckpt_tool.canonical import DType, Region, Tensor, contiguous
-from ckpt_tool.errors import CkptToolError, CoverageError
+from ckpt_tool.canonical import Box, DType, Region, Tensor, contiguous
+from ckpt_tool.errors import CkptToolError, CoverageError, UsageError
 from ckpt_tool.formats.deepspeed.facts.target_options import UniversalOptions
 from ckpt_tool.formats.deepspeed.writing.universal import Universal
 from ckpt_tool.geometry import Axis, take
 from ckpt_tool.layout import Fill, Layout, Literal, TargetFile, left_out, text_file
 from ckpt_tool.plan import copies, extents, make_plan
-from tests.conftest import ZERO3, checkpoint_of, stored_whole
+from tests.conftest import ZERO3, checkpoint_of, nothing_stored, stored_whole
 
 
 def tensor(name: str = "w", shape: tuple[int, ...] = (4,), at: int = 0) -> Tensor:
@@ -119,6 +119,15 @@ def test_a_source_element_in_two_places_is_refused() -> None:
         make_plan(Layout((file(fill(w)),)), stored_whole(w))
 
 
+@pytest.mark.parametrize("second", [1, 3], ids=["overlapping", "outside"])
+def test_chunks_that_do_not_tile_their_tensor_are_refused(second: int) -> None:
+    """As many elements as it has; but one is in two chunks and another in none, or lies beyond its end."""
+    chunks = tuple(Box((first,), (2,), (1,), "source", 4 * first, (4,)) for first in (0, second))
+    w = replace(tensor(), regions=chunks)
+    with pytest.raises(CoverageError, match=r"two places claim|reaches outside"):
+        make_plan(Layout((file(fill(w)),)), nothing_stored(w))
+
+
 def test_a_fill_beyond_its_tensor_is_refused() -> None:
     w = tensor()
     with pytest.raises(CoverageError):
@@ -143,6 +152,17 @@ def test_casts_are_reported() -> None:
     plan = make_plan(layout, stored_whole(w))
     assert [tuple(cast) for cast in plan.casts] == [("w [weight]", "float32", "bfloat16")]
     assert (plan.bytes_read, plan.bytes_written) == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(DType.float32, DType.int32), (DType.int32, DType.float32), (DType.float32, DType.float8_e4m3fn)],
+)
+def test_casts_from_or_to_what_is_no_float_are_refused(source: DType, target: DType) -> None:
+    w = replace(tensor(), dtype=source)
+    layout = Layout((TargetFile("target", 4 * target.itemsize, (), (Fill(0, w, 0, 4, target),)),))
+    with pytest.raises(UsageError, match=f"w .weight. is {source}; a cast to {target}"):
+        make_plan(layout, stored_whole(w))
 
 
 @pytest.mark.parametrize("limit", [1, 4, 5, 7, 16, 100])

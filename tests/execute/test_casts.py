@@ -8,7 +8,7 @@ import torch
 
 from ckpt_tool.canonical import DType
 from ckpt_tool.errors import ExecutionError
-from ckpt_tool.execute.casts import cast
+from ckpt_tool.execute.casts import cast, refuse_overflow
 
 TORCH = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16, DType.float16: torch.float16}
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -69,3 +69,19 @@ def test_nothing_is_fine() -> None:
 def test_integers_are_not_cast() -> None:
     with pytest.raises(ExecutionError, match="int32 to bfloat16"):
         cast(memoryview(bytearray(4)), DType.int32, memoryview(bytearray(2)), DType.bfloat16)
+
+
+@pytest.mark.parametrize("source", [DType.float32, DType.bfloat16, DType.float64])
+@pytest.mark.parametrize("at", [0, (1 << 16) - 1, 1 << 16, 150_000, 199_999])
+def test_a_number_too_large_for_fp16_is_found_wherever_it_is(source: DType, at: int) -> None:
+    values = torch.ones(200_000, dtype=getattr(torch, source.torch_name))
+    out = bytearray(2 * values.numel())
+    for number, refused in ((3.0, False), (float("inf"), False), (float("nan"), False), (1e6, True)):
+        values[at] = number
+        data = memoryview(bytearray(values.view(BITS[source.itemsize]).numpy().tobytes()))
+        cast(data, source, memoryview(out), DType.float16)
+        if refused:
+            with pytest.raises(ExecutionError, match="at least 1 of its numbers"):
+                refuse_overflow(data, source, memoryview(out))
+        else:
+            refuse_overflow(data, source, memoryview(out))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_tool.canonical import DType, ExpertName, Region, Tensor
+from ckpt_tool.canonical import Checkpoint, DType, ExpertName, Region, Scalar, Tensor
 from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.families import Family, families, families_rows, family_of, text_config
 from ckpt_tool.families.agreement import moe_layer_numbers
 from ckpt_tool.families.forms import Stored, canonical_dims, join, parse_stored, split
-from ckpt_tool.families.naming import entries, from_hub
+from ckpt_tool.families.naming import entries, from_hub, to_hub
 from ckpt_tool.geometry import pieces
 
 FORMS = [(family, stored) for family in families() for stored in (*family.hub, *family.fused, *family.also)]
@@ -39,6 +41,25 @@ def test_renames_can_be_undone(family: Family) -> None:
 def test_the_rule_for_moe_layers_is_known(family: Family) -> None:
     found = moe_layer_numbers(family.moe_layers, {}, 4)
     assert found is None or found <= set(range(4))
+
+
+# By the models' own code (transformers 5.24): Qwen2MoeDecoderLayer, (layer_idx + 1) % decoder_sparse_step;
+# Llama4TextConfig, range(step - 1, layers, step); JambaConfig, i % expert_layer_period == the offset.
+MOE_LAYERS: list[tuple[str, dict[str, Any], set[int]]] = [
+    ("sparse_step", {}, {0, 1, 2, 3, 4, 5}),
+    ("sparse_step", {"decoder_sparse_step": 2}, {1, 3, 5}),
+    ("sparse_step", {"decoder_sparse_step": 3}, {2, 5}),
+    ("sparse_step", {"decoder_sparse_step": 2, "mlp_only_layers": [3]}, {1, 5}),
+    ("llama4", {"interleave_moe_layer_step": 2}, {1, 3, 5}),
+    ("llama4", {"interleave_moe_layer_step": 2, "moe_layers": [0]}, {0}),
+    ("period", {"expert_layer_period": 2, "expert_layer_offset": 1}, {1, 3, 5}),
+    ("period", {"expert_layer_period": 3}, {0, 3}),
+]
+
+
+@pytest.mark.parametrize(("rule", "config", "layers"), MOE_LAYERS)
+def test_which_layers_have_experts(rule: str, config: dict[str, Any], layers: set[int]) -> None:
+    assert moe_layer_numbers(rule, config, 6) == layers
 
 
 def test_no_model_type_is_in_two_families() -> None:
@@ -166,6 +187,13 @@ def test_experts_of_two_shapes_are_refused() -> None:
         from_hub(dict([single(0, "gate"), single(1, "gate", (13, 32))]), published("qwen3_moe"))
 
 
+def test_experts_of_two_dtypes_are_refused() -> None:
+    name, second = single(1, "gate")
+    both = dict([single(0, "gate"), (name, replace(second, dtype=DType.bfloat16))])
+    with pytest.raises(UnreadableError, match=r"is bfloat16 .*; expert 0 of the same layer is float32"):
+        from_hub(both, published("qwen3_moe"))
+
+
 def test_fused_and_single_experts_of_one_layer_are_refused() -> None:
     name = "model.layers.0.mlp.experts.down_proj"
     both = dict([single(0, "down", (32, 12)), (name, tensor((1, 32, 12), name))])
@@ -183,3 +211,19 @@ def test_biases_without_a_place_are_refused() -> None:
     bias = Tensor(ExpertName("model.layers.0", "gate", "bias"), "weight", (4, 12), DType.float32, ())
     with pytest.raises(MismatchError, match="no place"):
         entries([bias], published("mixtral"), "hub")
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_steps_that_differ_in_parts_that_are_published_as_one(step: int) -> None:
+    """One tensor has one step: which of its parts' would it be?"""
+    names = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
+    tensors = tuple(replace(tensor((4, 8), name), state="master") for name in names)
+    steps = {(name, "step"): Scalar(2.0, DType.float32) for name in names}
+    steps[names[2], "step"] = Scalar(float(step), DType.float32)
+    checkpoint = Checkpoint("made-by-a-test", ".", "transformers", tensors, (), scalars=steps)
+    family, whole = published("sarvam_moe"), "model.layers.0.attention.query_key_value.weight"
+    if step == 2:
+        assert set(to_hub(checkpoint, family).scalars) == {(whole, "step")}
+        return
+    with pytest.raises(MismatchError, match=f"step differs among the tensors .* published as {whole}"):
+        to_hub(checkpoint, family)

@@ -100,6 +100,32 @@ def test_the_sources_own_counters_come_first(tmp_path: Path) -> None:
     assert found["lr_scheduler"] == {"last_epoch": 14}
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_dataloaders_state_of_another_number_of_ranks_is_not_taken(world: int, tmp_path: Path) -> None:
+    """Places in the data are those of as many ranks as saved them: else the template's stay."""
+
+    def beside(place: int) -> dict[str, Any]:
+        return {"dataloader": {"place": place, "order": [place]}}
+
+    source = save(tmp_path / "source", TWO, **beside(7))
+    template = save(tmp_path / "template", TWO, **beside(1))
+    for rank in range(1, world):  # which had nothing to save
+        (template / f"__{rank}_0.distcp").touch()
+    result = api.reshard(source, tmp_path / "out", like=template)
+    place = 7 if world == 1 else 1
+    assert loaded(tmp_path / "out")["dataloader"] == {"place": place, "order": [place]}
+    kept = [note for note in result.notes if note.startswith("As the template has it")]
+    assert bool(kept) == (world == 2)
+    assert all("dataloader.place" in note and "dataloader.order" in note for note in kept)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_dataloaders_state_is_left_out_at_another_number_of_ranks(world: int, tmp_path: Path) -> None:
+    source = save(tmp_path / "source", TWO, dataloader={"place": 7})
+    api.convert(source, tmp_path / "out", to="dcp", world=world)
+    assert loaded(tmp_path / "out").get("dataloader") == ({"place": 7} if world == 1 else None)
+
+
 def test_what_is_kept_of_the_template_is_named(tmp_path: Path) -> None:
     source = save(tmp_path / "source", [])
     template = save(tmp_path / "template", TWO, extra={"tokens": 5})

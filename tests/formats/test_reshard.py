@@ -702,3 +702,17 @@ def test_names_of_the_catalogue_are_the_engines_own(there: dict[Any, Path]) -> N
     assert {canonical_key(name) for group in shapes for name in group} == {
         tensor.name for tensor in after.tensors if tensor.state == "master"
     }
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_parameters_without_elements_stay(world: int, tmp_path: Path) -> None:
+    full = synthetic.model({"a.weight": (7, 3), "a.none": (0, 3)}, frozen={"b.none": (2, 0)})
+    synthetic.write(tmp_path / "source", full, Save(world=3))
+    reshard(tmp_path / "source", tmp_path / "target", (world, 0))
+    found = synthetic.reference(tmp_path / "target" / TAG)
+    assert {name: tuple(t.shape) for (name, state), t in found.items() if state == "fp32"} == {
+        "a.weight": (7, 3),
+        "a.none": (0, 3),
+    }
+    model, _ = rank_files(tmp_path / "target", world - 1)
+    assert dict(model["frozen_param_shapes"]) == {"b.none": torch.Size([2, 0])}

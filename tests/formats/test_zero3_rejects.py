@@ -409,6 +409,23 @@ def test_parameter_in_two_sub_groups(tag: Path) -> None:
     refused(tag, UnreadableError, advice=False)
 
 
+def test_parameter_in_two_sub_groups_that_hold_it_both(tmp_path: Path) -> None:
+    """Everything fits together; but which of the two is the parameter's?"""
+    groups = [[["model.embed.weight"], ["model.norm.weight"]]]
+    tag = synthetic.write(tmp_path / "plain", synthetic.model(DENSE), Save(world=3, groups=groups))
+
+    def doubled(content: Any) -> None:
+        zero = content["optimizer_state_dict"]
+        state = zero["optimizer_state_dict"]["state"]
+        zero["fp32_flat_groups"][1] = zero["fp32_flat_groups"][0]
+        state[1] = state[0]
+
+    for rank in range(3):
+        edit(tag / model_file(rank), lambda s: s["param_shapes"].__setitem__(1, s["param_shapes"][0]))
+        edit(tag / optim_file(rank), doubled)
+    refused(tag, UnreadableError, model_file(0), "model.embed.weight is in two sub-groups", advice=False)
+
+
 def test_number_of_flat_groups_differs(tag: Path) -> None:
     edit(tag / optim_file(1), lambda o: o["optimizer_state_dict"]["fp32_flat_groups"].pop())
     refused(tag, UnreadableError, optim_file(1), model_file(1), advice=False)
@@ -449,6 +466,18 @@ def test_moment_missing_on_one_ep_rank(tag: Path) -> None:
             lambda o: o["optimizer_state_dict"]["optimizer_state_dict"]["state"][1].pop("exp_avg"),
         )
     refused(tag, MismatchError, "exp_avg", advice=False)
+
+
+def test_moment_of_another_dtype_on_one_ep_rank(tag: Path) -> None:
+    """The two ranks that share the EP rank's experts agree; the other EP rank does not."""
+
+    def halved(content: Any) -> None:
+        state = content["optimizer_state_dict"]["optimizer_state_dict"]["state"][1]
+        state["exp_avg"] = state["exp_avg"].bfloat16()
+
+    for rank in (1, 3):
+        edit(tag / optim_file(rank), halved)
+    refused(tag, MismatchError, "EP ranks disagree", "exp_avg", advice=False)
 
 
 def test_extra_moment_on_one_ep_rank(tag: Path) -> None:
@@ -525,6 +554,12 @@ def test_module_names_a_parameter_of_no_values(tag: Path) -> None:
     for rank in range(4):
         edit(tag / model_file(rank), lambda s: s["module"].update({"model.lost": torch.empty(0)}))
     refused(tag, UnreadableError, model_file(0), "model.lost", advice=False)
+
+
+def test_tied_parameter_that_has_values_of_its_own(tag: Path) -> None:
+    tied = {"model.norm.weight": "model.embed.weight"}
+    edit(tag / model_file(0), lambda states: states.update(shared_params=tied))
+    refused(tag, MismatchError, model_file(0), "model.norm.weight has values of its own")
 
 
 @pytest.mark.parametrize(
@@ -697,9 +732,12 @@ def test_local_count_that_contradicts_the_placement(tag: Path) -> None:
     refused(tag, MismatchError, model_file(0), "num_local_experts", advice=False)
 
 
-def test_uneven_counts_without_a_placement(tag: Path) -> None:
+@pytest.mark.parametrize("local", [1, 3])
+def test_uneven_counts_without_a_placement(local: int, tag: Path) -> None:
     edit_entry(
-        tag, range(4), lambda entry: (entry.pop("expert_placement"), entry.update(num_local_experts=1))
+        tag,
+        range(4),
+        lambda entry: (entry.pop("expert_placement"), entry.update(num_local_experts=local)),
     )
     refused(tag, UnreadableError, model_file(0), "contradicts", advice=False)
 
@@ -745,6 +783,18 @@ def test_replicas_of_an_expert_that_differ(tmp_path: Path) -> None:
         tag, MismatchError, optim_file(0), optim_file(1), "exp_avg", opening=False, advice=False
     )
     assert "experts.1." in message
+
+
+def test_the_last_of_many_replicas_that_differs(tmp_path: Path) -> None:
+    """All experts are on both EP ranks, in another order: each of the second's is a copy of its own."""
+    layer = Layer(0, ((0, 1, 2), (2, 1, 0)), 3, 2)
+    tag = synthetic.write(tmp_path / "source", synthetic.model(DENSE, [layer]), Save(world=2))
+
+    def damage(content: Any) -> None:
+        flip(content["optimizer_state_dict"]["optimizer_state_dict"]["state"][1]["exp_avg"], -1)
+
+    edit(tag / optim_file(1), damage)
+    refused(tag, MismatchError, optim_file(0), optim_file(1), "exp_avg", opening=False, advice=False)
 
 
 def test_verify_finds_replicas_that_differ(tmp_path: Path) -> None:
