@@ -786,12 +786,13 @@ def test_replicas_of_an_expert_that_differ(tmp_path: Path) -> None:
 
 
 def test_the_last_of_many_replicas_that_differs(tmp_path: Path) -> None:
-    """All experts are on both EP ranks, in another order: each of the second's is a copy of its own."""
+    """All experts are on both EP ranks, in another order: each of the second's is a copy of its own. That
+    of the last expert is damaged, which lies first there."""
     layer = Layer(0, ((0, 1, 2), (2, 1, 0)), 3, 2)
     tag = synthetic.write(tmp_path / "source", synthetic.model(DENSE, [layer]), Save(world=2))
 
     def damage(content: Any) -> None:
-        flip(content["optimizer_state_dict"]["optimizer_state_dict"]["state"][1]["exp_avg"], -1)
+        flip(content["optimizer_state_dict"]["optimizer_state_dict"]["state"][1]["exp_avg"])
 
     edit(tag / optim_file(1), damage)
     refused(tag, MismatchError, optim_file(0), optim_file(1), "exp_avg", opening=False, advice=False)
