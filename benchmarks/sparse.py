@@ -52,7 +52,7 @@ def zeros_crc(length: int) -> int:
 
 def write(layout: Layout, directory: Path) -> None:
     """All files of a layout, at their full size, with holes where tensors go."""
-    for file in layout.files:
+    for file in layout.laid_out():
         path = directory / file.path
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as out:

@@ -20,7 +20,6 @@ from typing import Any
 
 from ckpt_tool.errors import CkptToolError, ExecutionError, UsageError
 from ckpt_tool.journal import Run, boot, file_entry, read_journal
-from ckpt_tool.layout import TargetFile
 from ckpt_tool.manifest import JOURNAL, MANIFEST, manifest_bytes
 from ckpt_tool.replacing import Judge, Owned, aside, clear, put_back, remove, set_aside
 from ckpt_tool.storage import FileState, sync_directory
@@ -196,8 +195,8 @@ class Staging:
             if unlink:
                 (self.path / path).unlink(missing_ok=True)
 
-    def is_done(self, file: TargetFile) -> bool:
-        return file.path in self.done and self.done[file.path].size == file.size
+    def is_done(self, path: str, size: int) -> bool:
+        return path in self.done and self.done[path].size == size
 
     def add(self, file: WrittenFile) -> None:
         """Note a file as complete."""

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import xxhash
-
 from ckpt_tool import __version__
 from ckpt_tool.belongings import owned
 from ckpt_tool.canonical import Checkpoint, DType
@@ -24,12 +22,12 @@ from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.formats.registry import open_checkpoint
 from ckpt_tool.integrity import check, none_proven
-from ckpt_tool.layout import TargetFile
-from ckpt_tool.plan import Plan, copies
+from ckpt_tool.plan import Plan, PlannedFile, copies
 from ckpt_tool.published import finish, is_published, is_what_it_would_be
 from ckpt_tool.replacing import Owned
 from ckpt_tool.storage import LocalWriter, Reader
 from ckpt_tool.sums import COPY_AGAIN, ON_PURPOSE, SourceSums, listed_below, own_manifest
+from ckpt_tool.written import as_stored
 
 DEFAULT_MAX_MEMORY = 1024 * MIB
 
@@ -115,10 +113,14 @@ def carry_out(
         return Outcome(verdict, (note,))
     checking = CheckingReader(reader, SourceSums(reader, checkpoint.files))
     staging = Staging(destination, identity, overwrite=how.overwrite, fsync=how.fsync, judge=judge)
+
+    def is_done(file: PlannedFile) -> bool:
+        return staging.is_done(file.path, file.size)
+
     try:
         staging.begin(
             reader.states(),
-            lambda: ((file.path, sources_of(file)) for file in plan.files if staging.is_done(file)),
+            lambda: ((file.path, sources_of(file)) for file in plan.files if is_done(file)),
         )
         resumed = bool(staging.done)
         left = plan.bytes_written - sum(file.size for file in staging.done.values())
@@ -131,7 +133,7 @@ def carry_out(
                 LocalWriter(staging.path, fsync=how.fsync),
                 budget,
                 meter=how.meter,
-                skip=staging.is_done,
+                skip=is_done,
                 on_file=staging.add,
             )
             checking.finish(budget.tile)
@@ -141,7 +143,7 @@ def carry_out(
             staging.discard(
                 file.path
                 for file in plan.files
-                if staging.is_done(file) and not error.files.isdisjoint(sources_of(file))
+                if is_done(file) and not error.files.isdisjoint(sources_of(file))
             )
             raise
         if verify_result:
@@ -224,43 +226,31 @@ def _verify_result(
     return verdict
 
 
-def sources_of(target: TargetFile) -> set[str]:
+def sources_of(target: PlannedFile) -> set[str]:
     """The files of the source whose bytes go into a target file, but for those that are metadata alone: of
     these the identity is a hash."""
-    return {file for fill in target.fills for piece in copies(fill) for file in files_behind(piece.file)}
+    return {
+        file
+        for fill in target.layout().fills
+        for piece in copies(fill)
+        for file in files_behind(piece.file)
+    }
 
 
 def _identity(plan: Plan, checkpoint: Checkpoint, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """What makes two runs the same conversion; also the head of the manifest. No paths, no times."""
-    digest = xxhash.xxh3_128()
-    for file in sorted(checkpoint.files):
-        digest.update(_stored(file.path) + f"\0{file.size}\0{file.fingerprint}\n".encode())
-    for target in plan.files:
-        digest.update(f"{target.path}\0{target.size}\n".encode())
-        for literal in target.literals:
-            digest.update(literal.data)
-        for fill in target.fills:
-            digest.update(f"{fill.offset} {fill.tensor.label()} {fill.start} {fill.dtype}\n".encode())
     return {
         "tool": f"ckpt-tool {__version__}",
         "source": {
             "format": checkpoint.format,
-            "name": _stored(Path(checkpoint.root).name).decode(errors="surrogateescape"),
+            "name": as_stored(Path(checkpoint.root).name).decode(errors="surrogateescape"),
             "step": checkpoint.training.step,
             "bytes": sum(file.size for file in checkpoint.files),
             "files": len(checkpoint.files),
         },
         "parameters": dict(parameters),
-        "identity": digest.hexdigest(),
+        "identity": plan.identity,
     }
-
-
-def _stored(name: str) -> bytes:
-    """A file's name as it is on the disk, whatever the locale makes of it."""
-    try:
-        return os.fsencode(name)
-    except UnicodeEncodeError:
-        return name.encode(errors="surrogatepass")
 
 
 def check_disk(path: Path, needed: int) -> None:

@@ -7,9 +7,9 @@ executor, which know no format.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import NamedTuple, Protocol
 
 from ckpt_tool.canonical import DType, Tensor
 
@@ -95,6 +95,23 @@ class TargetFile:
     fills: tuple[Fill, ...] = ()
     crc_slots: tuple[CrcSlot, ...] = ()
 
+    def layout(self) -> TargetFile:
+        """Itself: a file that is laid out describes itself."""
+        return self
+
+
+class Description(Protocol):
+    """A file that is laid out when it is needed, because those of a large run together hold millions of
+    chunks.
+
+    It is data, and can be pickled: a plan goes to another process, which lays out the files it writes.
+    What several files share they refer to, so that a pickle of them all has it once.
+    """
+
+    def layout(self) -> TargetFile:
+        """The same whenever it is asked for."""
+        ...
+
 
 class LeftOut(NamedTuple):
     """A tensor (None: another object) that the target does not hold, under its name in the report."""
@@ -113,47 +130,17 @@ def left_out(tensors: Iterable[Tensor], reason: str) -> tuple[LeftOut, ...]:
 class Layout:
     """All files of a target, and what the user is to know about it.
 
-    ``files`` may compute each file when it is asked for: a large target has millions of fills.
     ``left_out`` are the tensors of the source that the target has no place for. ``notes`` are sentences for
     the report.
     """
 
-    files: Sequence[TargetFile]
+    files: Sequence[Description]
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
 
-
-Maker = Callable[[], TargetFile]
-
-
-class LazyFiles(Sequence[TargetFile]):
-    """Files that are laid out when they are asked for, because those of a large run together hold
-    millions of chunks."""
-
-    def __init__(self, makers: Sequence[Maker]) -> None:
-        self._makers = makers
-
-    def __len__(self) -> int:
-        return len(self._makers)
-
-    @overload
-    def __getitem__(self, index: int) -> TargetFile: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[TargetFile]: ...
-
-    def __getitem__(self, index: int | slice) -> TargetFile | Sequence[TargetFile]:
-        if isinstance(index, slice):
-            return LazyFiles(self._makers[index])
-        return self._makers[index]()
-
-    def __iter__(self) -> Iterator[TargetFile]:
-        return (make() for make in self._makers)
-
-
-def given(file: TargetFile) -> Maker:
-    """A file that is laid out already."""
-    return lambda: file
+    def laid_out(self) -> Iterator[TargetFile]:
+        """File by file; whoever keeps none holds one at a time."""
+        return (file.layout() for file in self.files)
 
 
 def text_file(path: str, text: str) -> TargetFile:

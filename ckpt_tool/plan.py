@@ -12,11 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import xxhash
+
 from ckpt_tool.accounting import Bytes
 from ckpt_tool.canonical import CASTABLE, Checkpoint, Regions, Tensor
 from ckpt_tool.errors import CkptToolError, CoverageError, UnreadableError, UsageError
 from ckpt_tool.geometry import Piece, block_numel, check_disjoint, cut, pieces
-from ckpt_tool.layout import IN_OBJECT, Fill, Layout, LeftOut, TargetFile, left_out
+from ckpt_tool.layout import IN_OBJECT, Description, Fill, Layout, LeftOut, TargetFile, left_out
+from ckpt_tool.written import as_stored
 
 
 class Cast(NamedTuple):
@@ -27,26 +30,34 @@ class Cast(NamedTuple):
     target: str
 
 
+class PlannedFile(NamedTuple):
+    """A file of the target. Its layout is made when the file is written, and not kept."""
+
+    path: str
+    size: int
+    described: Description
+
+    def layout(self) -> TargetFile:
+        return self.described.layout()
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A layout that was found to be complete, with its totals in bytes. ``left_out`` are all tensors that
     the target does not hold. ``largest_block`` is the most that is best loaded at once: a matrix to be
-    transposed.
+    transposed. ``identity`` is a hash of what tells the contents of the source's files, and of the layout.
 
-    The copies themselves are computed file by file when they are needed (``copies``), because a large
-    checkpoint has millions.
+    A plan is data, and can be pickled. The copies themselves are computed file by file when they are needed
+    (``copies``), because a large checkpoint has millions.
     """
 
-    layout: Layout
+    files: tuple[PlannedFile, ...]
     left_out: tuple[LeftOut, ...]
     bytes_read: int
     bytes_written: int
     largest_block: int
     casts: tuple[Cast, ...]
-
-    @property
-    def files(self) -> Sequence[TargetFile]:
-        return self.layout.files
+    identity: str
 
 
 def copies(fill: Fill) -> list[Piece]:
@@ -70,9 +81,14 @@ def make_plan(layout: Layout, checkpoint: Checkpoint) -> Plan:
     empty: set[str] = set()
     casts: dict[str, Cast] = {}
     bytes_read = bytes_written = largest_block = 0
+    files: list[PlannedFile] = []
     paths: set[str] = set()
+    identity = _Identity(checkpoint)
     seen: dict[int, Regions] = {}  # holds what it has seen, so that no id is used again
-    for file in layout.files:
+    for described in layout.files:
+        file = described.layout()
+        files.append(PlannedFile(file.path, file.size, described))
+        identity.add(file)
         _check_path(file.path)
         if file.path in paths:
             raise CkptToolError(f"The target would have two files named {file.path}.")
@@ -105,7 +121,35 @@ def make_plan(layout: Layout, checkpoint: Checkpoint) -> Plan:
     left = (*layout.left_out, *_unused_others(checkpoint, layout, used))
     _check_empty(checkpoint, left, empty)
     _check_stored(checkpoint, left, used)
-    return Plan(layout, left, bytes_read, bytes_written, largest_block, tuple(casts.values()))
+    return Plan(
+        tuple(files),
+        left,
+        bytes_read,
+        bytes_written,
+        largest_block,
+        tuple(casts.values()),
+        identity.hexdigest(),
+    )
+
+
+class _Identity:
+    """A hash that tells whether two plans make the same bytes of the same source."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._digest = xxhash.xxh3_128()
+        for file in sorted(checkpoint.files):
+            self._digest.update(as_stored(file.path) + f"\0{file.size}\0{file.fingerprint}\n".encode())
+
+    def add(self, file: TargetFile) -> None:
+        self._digest.update(f"{file.path}\0{file.size}\n".encode())
+        for literal in file.literals:
+            self._digest.update(literal.data)
+        for fill in file.fills:
+            line = f"{fill.offset} {fill.tensor.label()} {fill.start} {fill.dtype.torch_name}\n"
+            self._digest.update(line.encode())
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 class _Written:

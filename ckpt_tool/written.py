@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +23,14 @@ class WrittenFile(NamedTuple):
     path: str
     size: int
     extents: tuple[WrittenExtent, ...]
+
+
+def as_stored(name: str) -> bytes:
+    """A file's name as it is on the disk, whatever the locale makes of it."""
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:
+        return name.encode(errors="surrogatepass")
 
 
 def as_written(entry: Mapping[str, Any], crcs: bool) -> WrittenFile:

@@ -23,7 +23,7 @@ from ckpt_tool.formats.base import Request
 from ckpt_tool.formats.hf import writing
 from ckpt_tool.formats.known import targets
 from ckpt_tool.formats.registry import open_checkpoint
-from ckpt_tool.layout import IN_OBJECT, Fill, Layout, LazyFiles, Literal, Slot, TargetFile, whole
+from ckpt_tool.layout import IN_OBJECT, Fill, Layout, Literal, Slot, TargetFile, whole
 from ckpt_tool.model_files import read_config
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader
@@ -127,7 +127,7 @@ def without(layout: Layout, lost: Callable[[Tensor], bool]) -> Layout:
         kept = tuple(f for f in file.fills if not (lost(f.tensor) and f.numel))
         return replace(file, literals=(*file.literals, *zeros), fills=kept, crc_slots=())
 
-    return replace(layout, files=LazyFiles([lambda f=file: emptied(f) for file in layout.files]))  # type: ignore[misc]
+    return replace(layout, files=[emptied(file) for file in layout.laid_out()])
 
 
 def laid_out(name: str, to: str, **options: object) -> tuple[Layout, Checkpoint]:
@@ -158,7 +158,7 @@ def test_a_target_without_an_optimizer_state_is_refused(to: str, state: str) -> 
 @pytest.mark.parametrize("to", ["dcp", "universal", "zero3", "zero2", "hf"])
 def test_a_target_without_any_one_tensor_is_refused(to: str) -> None:
     layout, checkpoint = laid_out("mixtral_w4e2", to)
-    names = {str(f.tensor.name) for file in layout.files for f in file.fills if f.numel}
+    names = {str(f.tensor.name) for file in layout.laid_out() for f in file.fills if f.numel}
     for name in sorted(names):
         with pytest.raises(CoverageError, match="goes nowhere"):
             make_plan(without(layout, lambda tensor, name=name: str(tensor.name) == name), checkpoint)  # type: ignore[misc]
@@ -175,7 +175,7 @@ def test_one_expert_written_twice_in_place_of_another_is_refused() -> None:
 
     with pytest.raises(CoverageError, match="twice"):
         make_plan(
-            replace(layout, files=[swapped(file) if file.fills else file for file in layout.files]),
+            replace(layout, files=[swapped(file) if file.fills else file for file in layout.laid_out()]),
             checkpoint,
         )
 
@@ -294,7 +294,7 @@ def test_a_byte_in_a_set_twice_is_found(spans: list[tuple[int, int]], lattices: 
 def test_any_part_of_a_target_that_is_written_twice_is_refused(to: str) -> None:
     """Each fill in turn, once more in a file of its own: as what it is, as a copy, and of the copies."""
     layout, checkpoint = laid_out("mixtral_w4e2", to)
-    fills = [f for file in layout.files for f in file.fills if f.numel and f.copy != IN_OBJECT]
+    fills = [f for file in layout.laid_out() for f in file.fills if f.numel and f.copy != IN_OBJECT]
     for again in random.Random(1).sample(fills, min(12, len(fills))):
         more = TargetFile("more", again.nbytes, (), (replace(again, offset=0),))
         with pytest.raises(CoverageError, match="twice"):

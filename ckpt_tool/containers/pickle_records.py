@@ -7,7 +7,7 @@ everything here is immutable, or made for one load only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ckpt_tool.canonical import DType, Tensor
@@ -38,6 +38,11 @@ def _inert(self: object, _state: Any) -> None:
     raise ValueError(f"state set on a {type(self).__name__}")
 
 
+def _made_again(self: Any) -> tuple[Any, ...]:
+    """How a plan of this program is pickled that speaks of such a value: by its constructor."""
+    return type(self), tuple(getattr(self, field.name) for field in fields(self))
+
+
 @dataclass(frozen=True, slots=True)
 class Named:
     """A global that is data: a dtype such as ``torch.float16``, a storage class, ``builtins.list``."""
@@ -45,6 +50,7 @@ class Named:
     module: str
     name: str
     __setstate__ = _inert
+    __reduce__ = _made_again
 
 
 def has_storage(dtype: DType) -> bool:
@@ -60,6 +66,7 @@ class StorageRecord:
     dtype: DType | None  # None: an untyped storage, whose numel counts bytes
     numel: int
     __setstate__ = _inert
+    __reduce__ = _made_again
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,7 @@ class TensorRecord:
     requires_grad: bool = False
     attributes: Any = None
     __setstate__ = _inert
+    __reduce__ = _made_again
 
     @property
     def numel(self) -> int:
@@ -102,6 +110,7 @@ class Unread:
 
     nbytes: int
     __setstate__ = _inert
+    __reduce__ = _made_again
 
 
 class Sealed(type):
@@ -134,6 +143,9 @@ class Opaque(metaclass=Sealed):
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opaque_again, (self.module, self.qualname, self.args, self.state)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -244,6 +256,10 @@ def opaque(module: str, qualname: str, *args: Any, state: Any = None) -> Opaque:
     instance: Opaque = stand_in(module, qualname)(*args)
     instance.state = state
     return instance
+
+
+def _opaque_again(module: str, qualname: str, args: tuple[Any, ...], state: Any) -> Opaque:
+    return opaque(module, qualname, *args, state=state)
 
 
 _stand_ins: dict[tuple[str, str], Sealed] = {}

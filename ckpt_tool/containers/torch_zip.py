@@ -232,6 +232,9 @@ class Constant:
         self.value = value
         self._known: dict[int, tuple[Spelled, list[_Payload]]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"value": self.value, "_known": {}}  # it is spelled out again where it arrives
+
     def resolved(self, payloads: list[_Payload]) -> Spelled:
         """As it stands in a pickle; its tensors join ``payloads``."""
         first = len(payloads)
@@ -261,6 +264,9 @@ class TorchFiles:
     def __init__(self, *, zip64_limit: int = _ZIP64_LIMIT) -> None:
         self._limit = zip64_limit
         self._known: dict[Any, _Skeleton] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_limit": self._limit, "_known": {}}
 
     def file(self, path: str, value: Any) -> TargetFile:
         """The layout of an archive that ``torch.load`` reads as ``value``."""

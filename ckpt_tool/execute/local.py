@@ -26,7 +26,7 @@ from ckpt_tool.execute.meter import Meter
 from ckpt_tool.execute.threads import in_parallel
 from ckpt_tool.geometry import Piece, cut
 from ckpt_tool.layout import CrcSlot, Fill, Literal, TargetFile
-from ckpt_tool.plan import Extent, Plan, extents
+from ckpt_tool.plan import Extent, Plan, PlannedFile, extents
 from ckpt_tool.storage import Reader, Writer
 from ckpt_tool.written import WrittenExtent, WrittenFile
 
@@ -60,7 +60,7 @@ def execute(
     budget: Budget,
     *,
     meter: Meter,
-    skip: Callable[[TargetFile], bool],
+    skip: Callable[[PlannedFile], bool],
     on_file: Callable[[WrittenFile], None],
 ) -> None:
     """Write every file of ``plan`` into ``sink``.
@@ -91,7 +91,7 @@ class _Run:
         sink: Writer,
         meter: Meter,
         on_file: Callable[[WrittenFile], None],
-        files: Iterator[TargetFile],
+        files: Iterator[PlannedFile],
     ) -> None:
         self._source: Reader = DecodingReader(source)
         self._sink, self._meter, self._on_file = sink, meter, on_file
@@ -122,8 +122,9 @@ class _Run:
         own = self._open.get(worker)
         if own and (unit := own.next()):
             return own, unit
-        target = next(self._files, None)
-        if target is not None:
+        planned = next(self._files, None)
+        if planned is not None:
+            target = planned.layout()
             self._sink.create(target.path, target.size)
             numel = sum(fill.numel for fill in target.fills)
             own = self._open[worker] = _OpenFile(target, extents(target, EXTENT_BYTES), numel)

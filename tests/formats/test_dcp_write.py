@@ -143,7 +143,7 @@ def test_template_of_another_framework(tmp_path: Path) -> None:
 
 def test_metadata_is_the_last_file(tmp_path: Path) -> None:
     layout = convert(CHECKPOINTS["mixtral_accelerate_w2"], tmp_path / "out", world=2)
-    names = [file.path for file in layout.files]
+    names = [file.path for file in layout.laid_out()]
     assert sorted(names[-2:]) == ["optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata"]
     assert "scheduler.bin" in names
 

@@ -141,9 +141,9 @@ def test_malformed_config_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_small_shards_get_an_index(tmp_path: Path) -> None:
     layout = plan_for(sharded(tmp_path), max_shard_bytes=300)
-    names = [file.path for file in layout.files]
+    names = [file.path for file in layout.laid_out()]
     assert names[:2] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    index = next(file for file in layout.files if file.path == INDEX)
+    index = next(file for file in layout.laid_out() if file.path == INDEX)
     assert json.loads(index.literals[0].data)["metadata"] == {"total_parameters": 272, "total_size": 544}
 
 
@@ -152,7 +152,7 @@ def test_files_beside_the_model_are_carried_over_untouched(tmp_path: Path) -> No
     reader.close()
     beside = {"tokenizer.json": b'{"a":  1}\r\n', "README.md": b"# card\n", "LICENSE": b""}
     layout = HuggingFace().layout(checkpoint, HfOptions(extra_files=beside, dtype=DType.float16))
-    carried = {file.path: file for file in layout.files if file.path in beside}
+    carried = {file.path: file for file in layout.laid_out() if file.path in beside}
     assert carried["tokenizer.json"].literals == (Literal(0, beside["tokenizer.json"]),)
     assert (carried["LICENSE"].size, carried["LICENSE"].literals) == (0, ())
 

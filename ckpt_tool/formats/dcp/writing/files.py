@@ -6,9 +6,8 @@ import json
 import math
 import posixpath
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import WEIGHT, Box, DType, Region, Scalar, Tensor, contiguous
@@ -29,7 +28,7 @@ from ckpt_tool.errors import CoverageError
 from ckpt_tool.formats.dcp.reading.shards import SHARDING_INFO
 from ckpt_tool.formats.deepspeed.facts.scalars import saved_scalar
 from ckpt_tool.geometry import Axis, take
-from ckpt_tool.layout import Fill, Literal, Maker, Slot, TargetFile, given, whole
+from ckpt_tool.layout import Description, Fill, Literal, Slot, TargetFile, whole
 
 
 class Placement(NamedTuple):
@@ -131,7 +130,9 @@ class _Directory:
         return whole(chunk, item.dtype, item.copy)
 
 
-def dcp_directory(directory: str, items: Sequence[Item], files: Iterable[str]) -> tuple[list[Maker], Maker]:
+def dcp_directory(
+    directory: str, items: Sequence[Item], files: Iterable[str]
+) -> tuple[list[Description], Description]:
     """The .distcp files of one DCP directory, and its metadata.
 
     Args:
@@ -140,22 +141,34 @@ def dcp_directory(directory: str, items: Sequence[Item], files: Iterable[str]) -
     tensors = (Tensor, Scalar, Inline)
     ordered = sorted(items, key=lambda item: isinstance(item.value, tensors))  # objects first
     contents = _Directory(ordered, files)
-
-    def make(file: str) -> tuple[TargetFile, list[Span]]:
-        return concatenated(file, [_archive(contents, *held) for held in contents.by_file[file]])
-
+    described = [_DistcpFile(contents, file) for file in contents.by_file]
     stored: dict[tuple[str, tuple[int, ...]], Stored] = {}
-    for file, held in contents.by_file.items():
-        name = posixpath.relpath(file, directory) if directory else file
-        for (item, place), span in zip(held, make(file)[1], strict=True):
+    for file in described:
+        name = posixpath.relpath(file.path, directory) if directory else file.path
+        for (item, place), span in zip(contents.by_file[file.path], file.spans(), strict=True):
             stored[item.key, place.offsets] = Stored(name, span.offset, span.length)
     data = metadata_bytes(_metadata(items, stored))
     metadata = TargetFile(posixpath.join(directory, METADATA), len(data), (Literal(0, data),))
-    return [partial(_first, make, file) for file in contents.by_file], given(metadata)
+    return list(described), metadata
 
 
-def _first(make: Callable[[str], tuple[TargetFile, list[Span]]], file: str) -> TargetFile:
-    return make(file)[0]
+@dataclass(frozen=True, slots=True)
+class _DistcpFile:
+    """One file of a DCP directory."""
+
+    contents: _Directory
+    path: str
+
+    def layout(self) -> TargetFile:
+        return self._concatenated()[0]
+
+    def spans(self) -> list[Span]:
+        """Where each of its archives lies."""
+        return self._concatenated()[1]
+
+    def _concatenated(self) -> tuple[TargetFile, list[Span]]:
+        held = self.contents.by_file[self.path]
+        return concatenated(self.path, [_archive(self.contents, *one) for one in held])
 
 
 def _archive(contents: _Directory, item: Item, place: Placement) -> TargetFile:
@@ -190,16 +203,22 @@ def _metadata(items: Sequence[Item], stored: dict[tuple[str, tuple[int, ...]], S
     return Metadata(entries, {item.key: item.path for item in items})
 
 
-def sharded_model(items: Sequence[Item], files: Iterable[str]) -> list[Maker]:
+def sharded_model(items: Sequence[Item], files: Iterable[str]) -> list[Description]:
     """A model as DCP's Hugging Face writer shards it; empty chunks have no place there."""
     contents = _Directory(items, files)
+    return [_Shard(contents, file) for file in contents.by_file]
 
-    def make(file: str) -> TargetFile:
-        held = [(item, place) for item, place in contents.by_file[file] if 0 not in place.sizes]
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """One file of a sharded model."""
+
+    contents: _Directory
+    path: str
+
+    def layout(self) -> TargetFile:
+        held = [(item, place) for item, place in self.contents.by_file[self.path] if 0 not in place.sizes]
         offsets = {item.key: {"saved_offsets": list(place.offsets)} for item, place in held}
         header = {SHARDING_INFO: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-        return safetensors_file(
-            file, [(item.key, contents.slot(item, place)) for item, place in held], header
-        )
-
-    return [partial(make, file) for file in contents.by_file]
+        slots = [(item.key, self.contents.slot(item, place)) for item, place in held]
+        return safetensors_file(self.path, slots, header)

@@ -25,7 +25,7 @@ from ckpt_tool.formats.dcp.writing.files import (
 from ckpt_tool.formats.dcp.writing.names import Styled, styled
 from ckpt_tool.formats.dcp.writing.options import stated_options
 from ckpt_tool.formats.dcp.writing.target_options import DcpOptions
-from ckpt_tool.layout import Layout, LazyFiles, LeftOut, Maker, given
+from ckpt_tool.layout import Description, Layout, LeftOut
 from ckpt_tool.manifest import RESERVED
 
 _NO_STATE = "the template keeps no such state"
@@ -58,7 +58,7 @@ def like_layout(checkpoint: Checkpoint, options: DcpOptions) -> Layout:
     left = (*found.left_out, *filler.left_out())
     own = [note for note in carried.notes if left or not note.startswith(ONLY_HERE)]
     config = carried_config(checkpoint) if checkpoint.dialect == template.dialect else []
-    files = LazyFiles([*map(given, [*carried.files, *config]), *_makers(hint, items)])
+    files = (*carried.files, *config, *_descriptions(hint, items))
     return Layout(files, left, (*own, *found.notes, *filler.notes()))
 
 
@@ -73,12 +73,12 @@ def _check_files(hint: Hint, root: str) -> None:
         )
 
 
-def _makers(hint: Hint, items: list[Item]) -> list[Maker]:
-    makers: list[Maker] = []
-    last: list[Maker] = []
+def _descriptions(hint: Hint, items: list[Item]) -> list[Description]:
+    described: list[Description] = []
+    last: list[Description] = []
     shards = [item for item in items if item.places[0].file.endswith(".safetensors")]
     if shards:
-        makers += sharded_model(shards, _files_of(shards))
+        described += sharded_model(shards, _files_of(shards))
     by_directory: dict[str, list[Item]] = {}
     for item in items:
         if item not in shards:
@@ -86,9 +86,9 @@ def _makers(hint: Hint, items: list[Item]) -> list[Maker]:
     for directory, held in by_directory.items():
         files = [file for file in hint.files if _directory(hint.scheme, file) == directory]
         made, metadata = dcp_directory(directory, held, files)
-        makers += made
+        described += made
         last.append(metadata)
-    return [*makers, *last]
+    return [*described, *last]
 
 
 def _directory(scheme: Scheme, file: str) -> str:

@@ -43,7 +43,7 @@ from ckpt_tool.formats.dcp.writing.options import dropped_options, merged_groups
 from ckpt_tool.formats.dcp.writing.target_options import DcpOptions
 from ckpt_tool.formats.hf.writing import config_in, most_used
 from ckpt_tool.formats.options import refuse_unknown
-from ckpt_tool.layout import Layout, LazyFiles, LeftOut, Maker, TargetFile, given, left_out, text_file
+from ckpt_tool.layout import Description, Layout, LeftOut, TargetFile, left_out, text_file
 
 SCHEMES: Mapping[str, Scheme] = {
     "torchtitan": Scheme("torchtitan", (), ("optimizer",), flat=True),
@@ -160,16 +160,16 @@ class _Builder:
         self._names_kept = _dialect(checkpoint, scheme, options) == checkpoint.dialect
         self._own = self._hint is not None and self._hint.scheme.style == scheme.style
         self._world, self._ep = world, ep
-        self._files: list[Maker] = []
-        self._metadata: list[Maker] = []
+        self._files: list[Description] = []
+        self._metadata: list[Description] = []
         self._notes = list(checkpoint.notes)
         if ep > 1 and not any(is_stacked(name, tensor.shape) for name, tensor in found.model()):
             raise UsageError(f"--ep {ep}: this checkpoint has no stacks of experts to distribute.")
 
     def layout(self) -> Layout:
-        self._files += map(given, self._beside())
+        self._files += self._beside()
         if self._names_kept and not self._scheme.shards:
-            self._files += map(given, carried_config(self._checkpoint))
+            self._files += carried_config(self._checkpoint)
         self._notes += self._found.notes
         if self._checkpoint.training.scheduler is not None and not isinstance(
             self._checkpoint.layout_hint, Hint
@@ -202,7 +202,7 @@ class _Builder:
             self._add_directory(scheme.model_directory, model)
             self._add_directory(scheme.optimizer_directory, others)
         # A directory without metadata is an unfinished one to every loader: it is written last.
-        files = LazyFiles([*self._files, *self._metadata])
+        files = (*self._files, *self._metadata)
         return Layout(files, self._found.left_out, tuple(self._notes))
 
     def _add_directory(self, directory: str, items: Sequence[Item]) -> None:

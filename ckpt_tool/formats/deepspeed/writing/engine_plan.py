@@ -97,6 +97,16 @@ class EnginePlan:
         self.states = [self._states_of(sub_group) for sub_group in self.sub_groups]
         self._check_all_grouped()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made when it is asked for, so that a plan that is sent to others is small."""
+        made = {
+            name
+            for kind in type(self).__mro__
+            for name, value in vars(kind).items()
+            if isinstance(value, cached_property)
+        }
+        return {name: value for name, value in vars(self).items() if name not in made}
+
     @cached_property
     def layer_entries(self) -> LayerEntries:
         """What each rank says of the MoE layers."""

@@ -11,7 +11,7 @@ What a loader needs was measured with deepspeed 0.19.8 (runtime/zero/stage_1_and
 from __future__ import annotations
 
 from collections import OrderedDict
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import MASTER, Checkpoint, DType, ExpertName, Role, TensorName
@@ -32,7 +32,7 @@ from ckpt_tool.formats.deepspeed.writing.saved_objects import (
     saved_objects,
     shape_type,
 )
-from ckpt_tool.layout import Layout, LazyFiles, Slot, TargetFile, text_file, whole
+from ckpt_tool.layout import Description, Layout, Slot, TargetFile, text_file, whole
 
 _WEIGHTS = {"w1": "gate", "w2": "down", "w3": "up"}
 # What these checkpoints hold twice: parameters beside their masters, frozen ones in two dicts.
@@ -58,35 +58,64 @@ class Zero12Target:
         plan.check_supported()
         tag = f"global_step{checkpoint.training.step or 0}"
         return Layout(
-            _files(plan, self._stage, tag),
+            _Files(plan, self._stage, tag).descriptions(),
             plan.left_out(),
             notes(checkpoint, weights_only=options.weights_only),
         )
 
 
-def _files(plan: _Plan, stage: int, tag: str) -> LazyFiles:
-    """The model, the experts, the ranks, ``latest``."""
+@dataclass(frozen=True)
+class _Files:
+    """What all files of a target are made of."""
 
-    def model() -> TargetFile:
-        return torch_file(f"{tag}/mp_rank_00_model_states.pt", plan.model(stage))
+    plan: _Plan
+    stage: int
+    tag: str
 
-    def expert(layer: int, number: int) -> TargetFile:
-        name = f"layer_{layer}_expert_{number}_mp_rank_00_model_states.pt"
-        return torch_file(f"{tag}/{name}", plan.expert(layer, number))
+    def descriptions(self) -> list[Description]:
+        """The model, the experts, the ranks, ``latest``."""
+        experts = [
+            _ExpertFile(self, number, index)
+            for number, layer in enumerate(self.plan.checkpoint.moe_layers)
+            for index in range(layer.num_experts)
+        ]
+        ranks = 0 if self.plan.options.weights_only else self.plan.ranks.world
+        optimizers = [_OptimizerFile(self, rank) for rank in range(ranks)]
+        return [_ModelFile(self), *experts, *optimizers, text_file("latest", self.tag)]
 
-    def optimizer(rank: int) -> TargetFile:
+
+@dataclass(frozen=True)
+class _ModelFile:
+    files: _Files
+
+    def layout(self) -> TargetFile:
+        name = f"{self.files.tag}/mp_rank_00_model_states.pt"
+        return torch_file(name, self.files.plan.model(self.files.stage))
+
+
+@dataclass(frozen=True)
+class _ExpertFile:
+    """``layer`` counts MoE layers from 0."""
+
+    files: _Files
+    layer: int
+    expert: int
+
+    def layout(self) -> TargetFile:
+        name = f"layer_{self.layer}_expert_{self.expert}_mp_rank_00_model_states.pt"
+        return torch_file(f"{self.files.tag}/{name}", self.files.plan.expert(self.layer, self.expert))
+
+
+@dataclass(frozen=True)
+class _OptimizerFile:
+    files: _Files
+    rank: int
+
+    def layout(self) -> TargetFile:
+        plan = self.files.plan
         prefix = "bf16_" if plan.saved.bf16 else ""
-        name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        return torch_file(f"{tag}/{name}", plan.optimizer(rank, stage))
-
-    experts = [
-        partial(expert, number, index)
-        for number, layer in enumerate(plan.checkpoint.moe_layers)
-        for index in range(layer.num_experts)
-    ]
-    ranks = 0 if plan.options.weights_only else plan.ranks.world
-    optimizers = [partial(optimizer, rank) for rank in range(ranks)]
-    return LazyFiles([model, *experts, *optimizers, partial(text_file, "latest", tag)])
+        name = f"{prefix}zero_pp_rank_{self.rank}_mp_rank_00_optim_states.pt"
+        return torch_file(f"{self.files.tag}/{name}", plan.optimizer(self.rank, self.files.stage))
 
 
 class _Part(NamedTuple):

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from ckpt_tool.formats.deepspeed.facts.topology import target_ranks
 from ckpt_tool.formats.deepspeed.writing.engine_plan import EnginePlan, notes, refuse_unsuitable
 from ckpt_tool.formats.deepspeed.writing.preparing import prepare_zero
 from ckpt_tool.formats.deepspeed.writing.saved_objects import as_template_says, saved_objects, shape_type
-from ckpt_tool.layout import Layout, LazyFiles, Slot, TargetFile, text_file
+from ckpt_tool.layout import Description, Layout, Slot, TargetFile, text_file
 
 
 class Zero3Target:
@@ -49,27 +50,48 @@ class Zero3Target:
         if checkpoint.format != self.name:
             tag = f"global_step{checkpoint.training.step or 0}"
         return Layout(
-            _files(plan, tag),
+            _Files(plan, tag).descriptions(),
             plan.left_out(),
             notes(checkpoint, weights_only=options.weights_only),
         )
 
 
-def _files(plan: _Plan, tag: str) -> LazyFiles:
-    """Two files per rank and ``latest``."""
+@dataclass(frozen=True)
+class _Files:
+    """What all files of a target are made of."""
 
-    models, optimizers = TorchFiles(), TorchFiles()
+    plan: _Plan
+    tag: str
+    models: TorchFiles = field(default_factory=TorchFiles)
+    optimizers: TorchFiles = field(default_factory=TorchFiles)
 
-    def model(rank: int) -> TargetFile:
-        return models.file(f"{tag}/zero_pp_rank_{rank}_mp_rank_00_model_states.pt", plan.model(rank))
+    def descriptions(self) -> list[Description]:
+        """Two files per rank and ``latest``."""
+        ranks = range(self.plan.ranks.world)
+        files = [file for rank in ranks for file in (_ModelFile(self, rank), _OptimizerFile(self, rank))]
+        return [*files, text_file("latest", self.tag)]
 
-    def optimizer(rank: int) -> TargetFile:
+
+@dataclass(frozen=True)
+class _ModelFile:
+    files: _Files
+    rank: int
+
+    def layout(self) -> TargetFile:
+        name = f"{self.files.tag}/zero_pp_rank_{self.rank}_mp_rank_00_model_states.pt"
+        return self.files.models.file(name, self.files.plan.model(self.rank))
+
+
+@dataclass(frozen=True)
+class _OptimizerFile:
+    files: _Files
+    rank: int
+
+    def layout(self) -> TargetFile:
+        plan = self.files.plan
         prefix = "bf16_" if plan.saved.bf16 else ""
-        name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        return optimizers.file(f"{tag}/{name}", plan.optimizer(rank))
-
-    makers = [partial(make, rank) for rank in range(plan.ranks.world) for make in (model, optimizer)]
-    return LazyFiles([*makers, partial(text_file, "latest", tag)])
+        name = f"{prefix}zero_pp_rank_{self.rank}_mp_rank_00_optim_states.pt"
+        return self.files.optimizers.file(f"{self.files.tag}/{name}", plan.optimizer(self.rank))
 
 
 class _Share(NamedTuple):
