@@ -82,8 +82,10 @@ def examine_files(path: Path, error: CkptToolError) -> Diagnosis:
 
     Raises:
         CkptToolError: ``error``, where nothing more is found and it does not itself say that files
-            contradict each other.
+            contradict each other; or where it is of the user's rights and not of the files.
     """
+    if isinstance(error.__cause__, PermissionError):
+        raise error
     findings = survey(path)
     kind = _KINDS.get(type(error))
     if findings or kind is not None:

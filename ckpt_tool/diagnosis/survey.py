@@ -24,7 +24,8 @@ from ckpt_tool.formats.deepspeed.facts.file_names import MODEL, OPTIMIZER
 from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
 from ckpt_tool.formats.hf.files import INDEX
 from ckpt_tool.formats.registry import TAG_FILES, locate
-from ckpt_tool.storage import LocalReader, Reader, read_each
+from ckpt_tool.storage import LocalReader, Reader, is_file, read_each
+from ckpt_tool.system_errors import reading_failed
 
 _MODEL_FILE = re.compile(r"mp_rank_00_model_states\.pt")
 _EXPERT_OPTIMIZER = re.compile(r"expp_rank_(?P<rank>\d+)_mp_rank_00_optim_states\.pt")
@@ -50,16 +51,23 @@ def survey(path: Path) -> list[Finding]:
 
 
 def tag_file(path: Path) -> list[Finding]:
-    """Whether the ``latest`` file beside a run's steps names the newest of them, where ``path`` has one."""
-    if path.name in TAG_FILES and path.is_file():
+    """Whether the ``latest`` file beside a run's steps names the newest of them, where ``path`` has one.
+
+    Raises:
+        CkptToolError: the system does not let it be read.
+    """
+    if path.name in TAG_FILES and is_file(path):
         path = path.parent
     findings: list[Finding] = []
     for name in TAG_FILES:
         file = path / name
-        if not file.is_file():
+        if not is_file(file):
             continue
-        tag = file.read_text(errors="replace").strip()
-        steps = [entry.name for entry in path.iterdir() if entry.is_dir()]
+        try:
+            tag = file.read_text(errors="replace").strip()
+            steps = [entry.name for entry in path.iterdir() if entry.is_dir()]
+        except OSError as error:
+            raise reading_failed(error.filename or file, error) from error
         findings += _tag(file, tag, steps)
     return findings
 

@@ -57,15 +57,26 @@ def without_rights(path: Path, *arguments: str | os.PathLike[str]) -> Finished:
         path.chmod(before)
 
 
-@pytest.mark.parametrize("verb", ["inspect", "convert", "verify"])
+VERBS = ("inspect", "verify", "doctor", "convert", "reshard", "consolidate")
+
+
+def of_all_commands(verb: str, out: Path) -> list[str | os.PathLike[str]]:
+    """What a command needs behind its source."""
+    return {
+        "convert": [out, "--to", "universal"],
+        "reshard": [out, "--world", "1", "--ep", "1"],
+        "consolidate": [out, "--config", config_of("mixtral_w4e2")],
+    }.get(verb, [])
+
+
+@pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("what", ["file", "directory", "parent"])
 def test_a_source_that_may_not_be_read(verb: str, what: str, tmp_path: Path) -> None:
     tag = copy_fixture("mixtral_w2e1", tmp_path / "home")
     closed = {
         "file": tag / "zero_pp_rank_0_mp_rank_00_model_states.pt", "directory": tag, "parent": tag.parent,
     }[what]  # fmt: skip
-    extra = [tmp_path / "out", "--to", "universal"] if verb == "convert" else []
-    done = without_rights(closed, verb, tag, *extra)
+    done = without_rights(closed, verb, tag, *of_all_commands(verb, tmp_path / "out"))
     is_one_sentence(done, codes={3}, says="Permission denied", file=closed)
     assert "Change the rights" in done.stderr
     assert done.stdout == ""
@@ -127,7 +138,9 @@ def test_a_staging_directory_of_another_user(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["inspect", MIXTRAL], ["verify", MIXTRAL, MIXTRAL]], ids=str
+    "arguments",
+    [["--help"], ["inspect", MIXTRAL], ["verify", MIXTRAL, MIXTRAL], ["doctor", MIXTRAL, "--json"]],
+    ids=str,
 )
 def test_a_full_disk_under_the_output(arguments: list[str]) -> None:
     done = forked(tool(*arguments), stdout="/dev/full")
@@ -208,9 +221,9 @@ def test_a_name_that_is_too_long(length: int, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", ["inspect", "verify"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_source_whose_name_is_too_long(verb: str, tmp_path: Path) -> None:
-    done = forked(tool(verb, tmp_path / ("n" * 300)))
+    done = forked(tool(verb, tmp_path / ("n" * 300), *of_all_commands(verb, tmp_path / "out")))
     is_one_sentence(done, codes={3}, says="File name too long", file="n" * 300)
 
 
@@ -231,11 +244,30 @@ def test_a_target_below_a_file(tmp_path: Path) -> None:
 # ---- limits
 
 
-def test_few_file_descriptors_are_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", VERBS)
+def test_few_file_descriptors_are_enough(verb: str, tmp_path: Path) -> None:
     command = ["bash", "-c", 'ulimit -n 20; exec "$@"', "-", sys.executable, "-m", "ckpt_tool"]
-    arguments = ["convert", MIXTRAL, tmp_path / "out", "--to", "universal", "--verify"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=child_env())
+    arguments = [verb, MIXTRAL, *of_all_commands(verb, tmp_path / "out")]
+    verify = [] if verb in ("inspect", "verify", "doctor") else ["--verify"]
+    done = subprocess.run([*command, *arguments, *verify], capture_output=True, text=True, env=child_env())
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_read_only_file_system(verb: str, tmp_path: Path) -> None:
+    """A source on one is read; a target there is refused before anything is done."""
+    place = shutil.copytree(MIXTRAL.parent, tmp_path / "place")
+    source, extra = place / MIXTRAL.name, of_all_commands(verb, place / "out")
+    command = ["unshare", "--mount", "sh", "-c", 'mount --bind -o ro "$0" "$0" && exec "$@"', place]
+    if subprocess.run([*command, "true"], capture_output=True).returncode != 0:
+        command = ["env"]  # no rights to mount: what is promised of a writable one then
+    arguments = [*command, sys.executable, "-m", "ckpt_tool", verb, source, *extra]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=child_env())
+    if extra and command != ["env"]:
+        finished = Finished(done.returncode, done.stdout, done.stderr)
+        is_one_sentence(finished, codes={2}, says="Read-only file system", file=place)
+    else:
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
