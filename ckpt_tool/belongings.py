@@ -15,13 +15,13 @@ from ckpt_tool.errors import CkptToolError, UnreadableError, UsageError
 from ckpt_tool.formats.beside import DEEPSPEED_FILES
 from ckpt_tool.formats.dcp.reading.beside import find_beside
 from ckpt_tool.formats.registry import TAG_FILES, open_checkpoint
+from ckpt_tool.limits import LONGEST_TAG
 from ckpt_tool.manifest import JOURNAL, MANIFEST, read_manifest
 from ckpt_tool.replacing import Owned, aside, entries, named, parents
-from ckpt_tool.storage import Reader
+from ckpt_tool.storage import Reader, read_small
 
 # DeepSpeed copies this script beside its tags (runtime/engine.py, ``_copy_recovery_script``).
 _BESIDE_TAGS = frozenset({*TAG_FILES, "zero_to_fp32.py"})
-_LONGEST_TAG = 4096  # bytes
 # What ``save_pretrained`` of models and processors writes beside the weights (transformers 5.20).
 _PUBLISHED = frozenset(
     {
@@ -148,8 +148,8 @@ def _is_there(place: Path) -> bool:
 def _names_a_tag(file: Path) -> bool:
     """Whether a file is one that names a directory beside it."""
     try:
-        tag = file.read_bytes()[:_LONGEST_TAG].decode().strip() if file.is_file() else ""
-    except (OSError, ValueError):
+        tag = read_small(file, LONGEST_TAG).decode().strip() if file.is_file() else ""
+    except (OSError, ValueError, UnreadableError):
         return False
     return bool(tag) and "/" not in tag and _is_there(file.parent / tag)
 

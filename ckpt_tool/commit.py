@@ -20,9 +20,10 @@ from typing import Any
 
 from ckpt_tool.errors import CkptToolError, ExecutionError, UsageError
 from ckpt_tool.journal import Run, boot, file_entry, read_journal
+from ckpt_tool.limits import LARGEST_RECORD
 from ckpt_tool.manifest import JOURNAL, MANIFEST, manifest_bytes
 from ckpt_tool.replacing import Judge, Owned, aside, clear, put_back, remove, set_aside
-from ckpt_tool.storage import FileState, sync_directory
+from ckpt_tool.storage import FileState, sync_directory, too_large
 from ckpt_tool.system_errors import reading_failed, unusable_destination, writing_failed
 from ckpt_tool.written import WrittenFile
 
@@ -82,7 +83,7 @@ class Staging:
         directory at any moment before that."""
         while True:
             self._refuse_occupied()
-            if occupied(self.path) and (self.path.is_symlink() or not (self.path / JOURNAL).is_file()):
+            if occupied(self.path) and not self._is_ours():
                 raise UsageError(
                     f"{self.path} is in the way and was not left by a run of ckpt-tool. Remove it or "
                     "choose another destination."
@@ -92,7 +93,8 @@ class Staging:
             except OSError as error:
                 raise unusable_destination(self.path, error) from error
             try:
-                journal = os.open(self.path / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                journal = os.open(self.path / JOURNAL, flags, 0o666)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -105,6 +107,11 @@ class Staging:
                 _let_go(journal)
                 raise
             _let_go(journal)
+
+    def _is_ours(self) -> bool:
+        """Whether what has the staging directory's name is one: a directory with a journal, no links."""
+        journal = self.path / JOURNAL
+        return not self.path.is_symlink() and not journal.is_symlink() and journal.is_file()
 
     def _is_journal(self, descriptor: int) -> bool:
         """Whether an open file still is the one with the journal's name."""
@@ -122,7 +129,10 @@ class Staging:
     def _take_over(self) -> None:
         """Find the files an earlier run of this command completed."""
         try:
-            found = read_journal(os.pread(self._journal, os.fstat(self._journal).st_size, 0))
+            size = os.fstat(self._journal).st_size
+            if size > LARGEST_RECORD:
+                raise too_large(str(self.path / JOURNAL), size, LARGEST_RECORD)
+            found = read_journal(os.pread(self._journal, size, 0))
             os.ftruncate(self._journal, found.whole)
         except OSError as error:
             raise writing_failed(self.path / JOURNAL, error) from error
@@ -136,14 +146,21 @@ class Staging:
         self._run = found.run
         self.done = found.files
         self._discard(path for path, file in found.files.items() if not self._is_there(file))
-        for directory, _, names in os.walk(self.path, onerror=_raise):
-            for path in map(Path(directory).joinpath, names):
+        for directory, below, names in os.walk(self.path, onerror=_raise):
+            # A link to a directory is no directory of ours: what is written below it would be elsewhere.
+            links = [name for name in below if (Path(directory) / name).is_symlink()]
+            below[:] = [name for name in below if name not in links]
+            for path in map(Path(directory).joinpath, [*links, *names]):
                 relative = str(path.relative_to(self.path))
-                if relative not in self.done and relative != JOURNAL:
+                if relative != JOURNAL and (relative not in self.done or path.is_symlink()):
+                    self.done.pop(relative, None)
                     path.unlink()
 
     def _is_there(self, file: WrittenFile) -> bool:
+        """Whether it lies in the directory itself, and not behind a link."""
         path = self.path / file.path
+        if any(place.is_symlink() for place in (path, *path.parents) if self.path in place.parents):
+            return False
         return not path.is_symlink() and path.is_file() and path.stat().st_size == file.size
 
     def begin(self, sources: Mapping[str, FileState], made_of: Callable[[], Iterable[MadeOf]]) -> None:

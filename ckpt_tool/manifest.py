@@ -15,7 +15,9 @@ from typing import Any
 import xxhash
 
 from ckpt_tool.errors import UnreadableError
-from ckpt_tool.storage import is_file
+from ckpt_tool.json_text import parse_json
+from ckpt_tool.limits import LARGEST_RECORD
+from ckpt_tool.storage import is_file, read_small
 from ckpt_tool.system_errors import reading_failed
 from ckpt_tool.written import WrittenFile, as_written
 
@@ -69,8 +71,8 @@ def read_manifest(directory: Path) -> Manifest | None:
     if not is_file(path):
         return None
     try:
-        raw = path.read_bytes()
-        data = json.loads(raw.decode("utf-8"))
+        raw = read_small(path, LARGEST_RECORD)
+        data = parse_json(raw, str(path))
         version = data["manifest_version"]
         if version not in (_BEFORE_CHECKSUMS, _BEFORE_CRCS, MANIFEST_VERSION):
             raise UnreadableError(

@@ -13,7 +13,7 @@ from ckpt_tool.formats.beside import is_models
 from ckpt_tool.formats.deepspeed.facts.run_config import DS_FIELDS
 from ckpt_tool.formats.registry import locate
 from ckpt_tool.json_file import read_json
-from ckpt_tool.storage import LocalReader, is_directory, is_file
+from ckpt_tool.storage import LocalReader, is_directory, is_file, read_small
 from ckpt_tool.system_errors import reading_failed
 
 _LARGEST = 64 << 20  # bytes; they are held in memory, and no tokenizer is larger
@@ -89,7 +89,7 @@ def _beside(directory: Path) -> dict[str, bytes]:
             continue
         try:
             if path.stat().st_size <= _LARGEST:
-                found[path.name] = path.read_bytes()
+                found[path.name] = read_small(path, _LARGEST)
         except OSError as error:
             raise reading_failed(path, error) from error
     return found

@@ -69,7 +69,7 @@ def _by_xxh3(file: WrittenFile) -> WrittenFile:
 def finish(target: Path, judge: Judge, *, overwrite: bool) -> None:
     """Tidy up after a run that was stopped in it; UsageError where it still runs."""
     try:
-        journal = os.open(target / JOURNAL, os.O_RDWR | os.O_CLOEXEC)
+        journal = os.open(target / JOURNAL, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         if overwrite:
             tidy(target, judge)

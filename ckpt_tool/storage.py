@@ -170,6 +170,9 @@ class LocalReader:
                 handle.release()
             self._open.clear()
 
+    def __del__(self) -> None:
+        self.close()  # who forgets to does not lose descriptors for good
+
     @contextlib.contextmanager
     def _handle(self, path: str) -> Iterator[int]:
         with self._lock:
@@ -210,6 +213,38 @@ class LocalReader:
             )
         self._first.setdefault(path, _signature(found))
         return handle
+
+
+def read_small(file: Path, most: int) -> bytes:
+    """The bytes of a regular file outside of a reader's directory, of at most ``most``.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: there is no such file.
+        UnreadableError: it is larger, or no regular file, or it cannot be read.
+    """
+    try:
+        with open(os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as there:
+            found = os.fstat(there.fileno())
+            if stat.S_ISDIR(found.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+            if not stat.S_ISREG(found.st_mode):
+                raise UnreadableError(
+                    f"{file} is a pipe or device and no regular file. Put the file there."
+                )
+            if found.st_size > most:
+                raise too_large(str(file), found.st_size, most)
+            return there.read(most + 1)
+    except (FileNotFoundError, IsADirectoryError):
+        raise
+    except OSError as error:
+        raise reading_failed(file, error) from error
+
+
+def too_large(where: str, size: int, most: int) -> UnreadableError:
+    return UnreadableError(
+        f"{where} has {size} bytes; a file of its kind has at most {most}. It is damaged, or something "
+        "else."
+    )
 
 
 def _most_open_files() -> int:

@@ -17,6 +17,7 @@ from ckpt_tool.canonical import DType
 from ckpt_tool.containers import pickle_writer, pickles
 from ckpt_tool.containers.pickle_records import Named, Opaque, TorchSize, opaque
 from ckpt_tool.errors import UnreadableError
+from ckpt_tool.limits import LARGEST_METADATA, MOST_DIMENSIONS
 from ckpt_tool.storage import Reader
 
 METADATA = ".metadata"
@@ -123,7 +124,13 @@ def read_metadata(reader: Reader, path: str) -> Metadata:
         UnreadableError: it is damaged, or says things that do not fit together.
     """
     where = f"{reader.root}/{path}"
-    root = pickles.loads(reader.read(path, 0, reader.size(path)), where=where, extra=_GLOBALS)
+    size = reader.size(path)
+    if size > LARGEST_METADATA:
+        raise UnreadableError(
+            f"{where} has {size} bytes; metadata of millions of chunks has less than {LARGEST_METADATA}. "
+            "It is damaged, or another kind of file."
+        )
+    root = pickles.loads(reader.read(path, 0, size), where=where, extra=_GLOBALS)
     try:
         state = _state(root, "Metadata")
         storage = {
@@ -226,7 +233,11 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _numbers(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or any(type(item) is not int or item < 0 for item in value):
+    if not isinstance(value, tuple) or len(value) > MOST_DIMENSIONS:
+        raise ValueError(
+            f"{type(value).__name__} where sizes of at most {MOST_DIMENSIONS} dimensions belong"
+        )
+    if any(type(item) is not int or not 0 <= item < 1 << 63 for item in value):
         raise ValueError(f"{value!r} where sizes belong")
     return tuple(value)
 

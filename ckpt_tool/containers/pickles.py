@@ -24,7 +24,9 @@ from ckpt_tool.containers.pickle_records import (
     stand_in,
 )
 from ckpt_tool.containers.pickle_scan import check_opcodes
+from ckpt_tool.containers.pickle_shape import EndlessError, check_shape
 from ckpt_tool.errors import UnreadableError, UnsafePickleError
+from ckpt_tool.limits import MOST_DIMENSIONS
 
 # Classes and functions kept as stand-ins, with the reason each occurs in real checkpoints.
 _OPAQUE = frozenset(
@@ -136,8 +138,10 @@ def _refuse_lazy_sizes(*sizes: Any) -> None:
 
 def _checked(record: TensorRecord) -> TensorRecord:
     """Refuse a view that reaches outside of its storage, so that no later arithmetic has to ask."""
+    if max(len(record.shape), len(record.stride)) > MOST_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(record.shape)} dimensions")
     numbers = (record.offset, *record.shape, *record.stride)
-    if any(type(number) is not int or number < 0 for number in numbers):
+    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
         raise ValueError(f"a tensor with offset, shape or strides {numbers}")
     if len(record.shape) != len(record.stride):
         raise ValueError(f"a tensor with shape {record.shape} and strides {record.stride}")
@@ -298,6 +302,12 @@ def loads(data: bytes, *, where: str, extra: Mapping[tuple[str, str], Any] | Non
     """
     try:
         check_opcodes(data)
+        check_shape(data)
+    except EndlessError as error:
+        raise UnreadableError(f"{where} holds an object that cannot be gone through: {error}.") from error
+    except ValueError as error:
+        raise UnreadableError(f"{where}: its pickled metadata is damaged ({error}).") from error
+    try:
         return _Restricted(data, extra or {}).load()
     except UnsafePickleError as error:
         raise UnsafePickleError(

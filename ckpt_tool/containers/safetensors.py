@@ -18,6 +18,7 @@ import xxhash
 from ckpt_tool.canonical import DType, SourceFile, Tensor, contiguous
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.layout import Fill, Literal, Slot, TargetFile
+from ckpt_tool.limits import MOST_DIMENSIONS
 from ckpt_tool.storage import Reader
 
 _CODES = {
@@ -137,11 +138,13 @@ def _metadata(value: Any, where: str) -> dict[str, str]:
 def _entry(entry: Any, name: str, where: str) -> tuple[tuple[int, ...], DType, int, int]:
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end))
+        sound = len(shape) <= MOST_DIMENSIONS and all(
+            type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end)
+        )
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise UnreadableError(f"{where}: the header's entry for {name} is malformed: {entry!r}.")
+        raise UnreadableError(f"{where}: the header's entry for {name} is malformed: {str(entry)[:200]}.")
     if not isinstance(code, str) or code not in _CODES:
         raise UnreadableError(f"{where}: tensor {name} has dtype {code}, which ckpt-tool does not read.")
     dtype = _CODES[code]

@@ -34,6 +34,7 @@ from ckpt_tool.containers.stored_zip import LOCAL_HEADER, StoredZip
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.geometry import row_major
 from ckpt_tool.layout import IN_OBJECT, CrcSlot, Fill, Literal, Slot, TargetFile, whole
+from ckpt_tool.limits import LARGEST_PICKLE
 from ckpt_tool.storage import Reader
 
 _CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
@@ -76,6 +77,11 @@ class TorchArchive(StoredZip):
         if largest is not None and size > largest:
             self.root: Any = Unread(size)
             return
+        if size > LARGEST_PICKLE:
+            raise UnreadableError(
+                f"{self.where}: its pickle has {size} bytes; at most {LARGEST_PICKLE} are read. The file "
+                "is damaged, or holds data that torch.save was not given as tensors."
+            )
         data = self._checked_record("data.pkl")
         if alike is not None:
             self.root = alike.loads(data, where=self.where)

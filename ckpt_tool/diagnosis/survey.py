@@ -5,7 +5,6 @@ Each file is looked at by itself: its name, its container, and in DeepSpeed's fi
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,12 +23,14 @@ from ckpt_tool.formats.deepspeed.facts.file_names import MODEL, OPTIMIZER
 from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
 from ckpt_tool.formats.hf.files import INDEX
 from ckpt_tool.formats.registry import TAG_FILES, locate
-from ckpt_tool.storage import LocalReader, Reader, is_file, read_each
+from ckpt_tool.json_file import read_object
+from ckpt_tool.limits import LONGEST_TAG
+from ckpt_tool.storage import LocalReader, Reader, is_file, read_each, read_small
 from ckpt_tool.system_errors import reading_failed
 
 _MODEL_FILE = re.compile(r"mp_rank_00_model_states\.pt")
-_EXPERT_OPTIMIZER = re.compile(r"expp_rank_(?P<rank>\d+)_mp_rank_00_optim_states\.pt")
-_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
+_EXPERT_OPTIMIZER = re.compile(r"expp_rank_(?P<rank>\d{1,6})_mp_rank_00_optim_states\.pt")
+_EXPERT = re.compile(r"layer_(\d{1,6})_expert_(\d{1,6})_mp_rank_00_model_states\.pt")
 _RANK_FILES = (MODEL, OPTIMIZER)
 # What all files of one save say alike.
 _OF_THE_RUN = ("global_steps", "skipped_steps", "dp_world_size", "ds_version")
@@ -38,7 +39,7 @@ _MOST_RANKS, _MOST_EXPERTS = 1 << 17, 1 << 20
 _COPY = (
     "Copy the files of all ranks from where the checkpoint was saved; nodes often save to their own disk."
 )
-_SERIES = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors", re.ASCII)
+_SERIES = re.compile(r"(.*-)(\d{1,6})-of-(\d{1,6})\.safetensors", re.ASCII)
 
 
 def survey(path: Path) -> list[Finding]:
@@ -63,8 +64,8 @@ def tag_file(path: Path) -> list[Finding]:
         file = path / name
         if not is_file(file):
             continue
+        tag = read_small(file, LONGEST_TAG).decode(errors="replace").strip()
         try:
-            tag = file.read_text(errors="replace").strip()
             steps = [entry.name for entry in path.iterdir() if entry.is_dir()]
         except OSError as error:
             raise reading_failed(error.filename or file, error) from error
@@ -382,8 +383,8 @@ def _safetensors(reader: Reader) -> Iterable[Finding]:
     wanted: set[str] = set()
     if INDEX in names:
         try:
-            wanted |= set(json.loads(reader.read(INDEX, 0, reader.size(INDEX)))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            wanted |= set(read_object(reader, INDEX)["weight_map"].values())
+        except (UnreadableError, KeyError, TypeError, AttributeError):
             wanted = set()  # the reader's own sentence says it
     for name in names:
         match = _SERIES.fullmatch(name)

@@ -13,6 +13,7 @@ from ckpt_tool.families import Family, is_strange_expert, of_all_layers, stated,
 from ckpt_tool.families.completeness import check_tensors
 from ckpt_tool.families.forms import compiled
 from ckpt_tool.families.rows import row_fields, stated_rows
+from ckpt_tool.limits import MOST_LAYERS
 
 _EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|word_embeddings|embeddings|wte)\.weight")
 _MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
@@ -183,11 +184,15 @@ def _check_layers(values: Mapping[TensorName, Tensor], family: Family, text: Map
     if field is None or not numbers:
         return
     count = field[1]
+    if count > MOST_LAYERS:
+        raise MismatchError(
+            f"config.json has {field[0]} {count}; no model has more than {MOST_LAYERS} layers."
+        )
     # Multi-token-prediction layers are numbered after the last and not counted.
     extra = promised_mtp_layers(text)
     if not count <= max(numbers) + 1 <= count + extra:
         raise _disagree(field[0], count, max(numbers) + 1, "the names of its tensors")
-    lost = sorted(set(range(count)) - numbers)
+    lost = sorted(set(range(count)) - numbers)  # as many as there are names, as was just seen
     if lost:
         raise MismatchError(
             f"config.json has {field[0]} {count}, and the checkpoint has no tensor of layers {lost}. It is "

@@ -31,6 +31,7 @@ from ckpt_tool.families.dense import (
 from ckpt_tool.families.forms import Stored, compiled, join, split
 from ckpt_tool.geometry import Cut, CutRegions
 from ckpt_tool.layout import LeftOut, left_out
+from ckpt_tool.limits import first_missing
 
 HUB = "hub"
 
@@ -323,9 +324,9 @@ def _pairs(family: Family) -> Iterator[tuple[Stored, Stored]]:
 
 def _stack(name: ExpertName, experts: Mapping[int, Tensor]) -> Tensor:
     if sorted(experts) != list(range(len(experts))):
-        missing = sorted(set(range(max(experts) + 1)) - set(experts))
+        missing = first_missing(experts, max(experts) + 1)
         raise UnreadableError(
-            f"{name}: expert {missing[0]} is missing; the files have {len(experts)} experts up to "
+            f"{name}: expert {missing} is missing; the files have {len(experts)} experts up to "
             f"number {max(experts)}. Experts must be exactly 0 to E-1."
         )
     first = experts[0]

@@ -13,7 +13,8 @@ from ckpt_tool.families import adapters
 from ckpt_tool.formats.base import SourceFormat
 from ckpt_tool.formats.beside import beside_tags, not_understood
 from ckpt_tool.formats.known import FORMATS
-from ckpt_tool.storage import LocalReader, Reader, is_directory, is_file
+from ckpt_tool.limits import LONGEST_TAG
+from ckpt_tool.storage import LocalReader, Reader, is_directory, is_file, read_small
 from ckpt_tool.system_errors import reading_failed
 from ckpt_tool.wrappers import unwrapped_checkpoint
 
@@ -58,7 +59,7 @@ def _newest_step(path: Path) -> Path | None:
 
 def _tagged(tag_file: Path) -> Path:
     try:
-        tag = os.fsdecode(tag_file.read_bytes()).strip()
+        tag = os.fsdecode(read_small(tag_file, LONGEST_TAG)).strip()
     except OSError as error:
         raise reading_failed(tag_file, error) from error
     directory = tag_file.parent / tag

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from ckpt_tool.canonical import ExpertName, Tensor, TensorName
+from ckpt_tool.limits import MOST_EXPERTS
 
 # A fused stack whose family is not known: the experts are its first dimension all the same.
 _FUSED = re.compile(r"(?P<layer>(?:.*\.)?\d+)\..*experts\.\w+")
@@ -39,7 +40,9 @@ def layer_of(tensor: Tensor) -> str | None:
 
 def experts_of(tensor: Tensor) -> int | None:
     """How many experts a tensor is a stack of; None where it is no such stack."""
-    return tensor.shape[0] if layer_of(tensor) is not None and tensor.shape[0] else None
+    if layer_of(tensor) is None or not 0 < tensor.shape[0] <= MOST_EXPERTS:
+        return None
+    return tensor.shape[0]
 
 
 class Stats(NamedTuple):

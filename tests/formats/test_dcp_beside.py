@@ -89,7 +89,9 @@ def test_a_scheduler_in_torchs_older_form_is_copied(tmp_path: Path) -> None:
 def test_a_broken_trainer_state_is_named(text: str, tmp_path: Path) -> None:
     source = source_with(tmp_path)
     (source / "trainer_state.json").write_text(text)
-    with pytest.raises(UnreadableError, match=r"trainer_state\.json (is not JSON|holds no JSON object)"):
+    with pytest.raises(
+        UnreadableError, match=r"trainer_state\.json (is damaged or no JSON|holds no JSON object)"
+    ):
         read(source)
 
 

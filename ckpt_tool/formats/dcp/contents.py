@@ -33,12 +33,13 @@ from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import CoverageError, MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
 from ckpt_tool.geometry import Axis, check_disjoint, pieces, take
+from ckpt_tool.limits import first_missing
 from ckpt_tool.storage import FileState, Reader, read_each
 from ckpt_tool.wrappers import WRAPPERS, saved_names, unwrapped
 
-_RANK_FILE = re.compile(r"(?:.*/)?__(\d+)_\d+\.distcp$")
-_SHARD_FILE = re.compile(r"(?:.*/)?shard-(\d+)-model-\d+-of-\d+\.safetensors$")
-_RANK_METADATA = re.compile(r"__(\d+)\.metadata$")
+_RANK_FILE = re.compile(r"(?:.*/)?__(\d{1,6})_\d{1,6}\.distcp$")
+_SHARD_FILE = re.compile(r"(?:.*/)?shard-(\d{1,6})-model-\d{1,6}-of-\d{1,6}\.safetensors$")
+_RANK_METADATA = re.compile(r"__(\d{1,6})\.metadata$")
 # The largest pickle of an object that is read: the names of a model with an entry for each of its experts
 # take some MiB. What is larger is copied as it lies there, or refused where its value is needed.
 _LARGEST_OBJECT = 16 << 20
@@ -172,11 +173,11 @@ def read_directory(reader: Reader, directory: str) -> Contents:
 def _check_ranks(where: str, files: list[str]) -> None:
     """Each rank that saved for itself has a metadata file; the highest tells how many there are."""
     ranks = [int(match[1]) for name in files if (match := _RANK_METADATA.match(name))]
-    missing = sorted(set(range(max(ranks, default=-1) + 1)) - set(ranks))
-    if missing:
+    missing = first_missing(ranks, max(ranks, default=-1) + 1)
+    if missing is not None:
         raise UnreadableError(
-            f"{where}__{missing[0]}.metadata is missing, while that of rank {max(ranks)} is there: what "
-            f"rank {missing[0]} saved is lost or was not copied. Copy the directory whole, or use an "
+            f"{where}__{missing}.metadata is missing, while that of rank {max(ranks)} is there: what "
+            f"rank {missing} saved is lost or was not copied. Copy the directory whole, or use an "
             "earlier step."
         )
 

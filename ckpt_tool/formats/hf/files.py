@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +14,13 @@ from ckpt_tool.families import Family, adapters, family_of, text_config
 from ckpt_tool.families.agreement import embedding_name, head_name, ties_embeddings
 from ckpt_tool.families.naming import HUB, from_hub, moe_layer
 from ckpt_tool.formats.hf.quantised import decoded, files_of_values, scheme_of
+from ckpt_tool.json_file import read_object
 from ckpt_tool.storage import Reader
 from ckpt_tool.wrappers import note_of, without_wrappers
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_SERIES = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors", re.ASCII)
+_SERIES = re.compile(r"(.*-)(\d{1,6})-of-(\d{1,6})\.safetensors", re.ASCII)
 
 
 def looks_like(reader: Reader) -> bool:
@@ -80,9 +80,9 @@ def _tensors(reader: Reader) -> tuple[dict[str, Tensor], list[SourceFile]]:
             raise UnreadableError(
                 f"{reader.root}/{INDEX} and {path} disagree about which tensors are in it: {wrong}."
             )
-        twice = sorted(set(tensors) & set(file.tensors))
-        if twice:
-            raise UnreadableError(f"{reader.root}: {twice[0]} is in two files, one of them {path}.")
+        twice = next((name for name in file.tensors if name in tensors), None)
+        if twice is not None:
+            raise UnreadableError(f"{reader.root}: {twice} is in two files, one of them {path}.")
         tensors |= file.tensors
     return tensors, sources
 
@@ -110,12 +110,13 @@ def _files(reader: Reader) -> dict[str, set[str] | None]:
             f"two models. transformers loads {SINGLE}, and other programs what the index names. Move away "
             f"what is not meant: {SINGLE}, or {INDEX} and its files."
         )
+    present = set(names)
     for path in files:
-        if path not in names:
+        if path not in present:
             raise UnreadableError(
                 f"{reader.root}/{path} is missing; {INDEX} names it. Copy or download it again."
             )
-    _check_series(reader, list(files), names)
+    _check_series(reader, files, names)
     return files
 
 
@@ -130,8 +131,9 @@ def _refuse_adapter(reader: Reader, names: list[str]) -> None:
         )
 
 
-def _check_series(reader: Reader, used: list[str], present: list[str]) -> None:
+def _check_series(reader: Reader, read: Iterable[str], present: list[str]) -> None:
     """Files of one model are numbered: of each series that is used, all are there and all are used."""
+    used = set(read)
     series = {(match[1], match[3]) for name in used if (match := _SERIES.fullmatch(name))}
     for name in present:
         match = _SERIES.fullmatch(name)
@@ -151,10 +153,7 @@ def _check_series(reader: Reader, used: list[str], present: list[str]) -> None:
 
 
 def _weight_map(reader: Reader, where: str) -> dict[str, str]:
-    try:
-        found = json.loads(reader.read(INDEX, 0, reader.size(INDEX)))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UnreadableError(f"{where} is malformed ({type(error).__name__}: {error}).") from error
+    found = read_object(reader, INDEX).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(path, str) for path in found.values()):
         raise UnreadableError(f"{where} is malformed: weight_map is not a map of names to files.")
     return found
@@ -166,14 +165,7 @@ def _weight_map(reader: Reader, where: str) -> dict[str, str]:
 def _config(reader: Reader) -> Mapping[str, Any] | None:
     if "config.json" not in reader.list():
         return None
-    data = reader.read("config.json", 0, reader.size("config.json"))
-    try:
-        config = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UnreadableError(f"{reader.root}/config.json is not JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise UnreadableError(f"{reader.root}/config.json is not a JSON object.")
-    return config
+    return read_object(reader, "config.json")
 
 
 def _family(config: Mapping[str, Any] | None) -> tuple[Family | None, tuple[str, ...]]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from ckpt_tool.canonical import WEIGHT, Checkpoint, DType, Tensor, contiguous
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.layout import Fill, TargetFile
+from ckpt_tool.limits import first_missing
 from ckpt_tool.storage import Reader
 
 ACCELERATE, VEOMNI = "accelerate", "veomni"
@@ -40,14 +41,18 @@ WITHOUT = {
 }
 
 _EXTRA_STATE, _CONFIG = "extra_state", "config.json"
-_EXTRA_STATE_FILE = re.compile(r"extra_state_rank_(\d+)\.pt")
+_EXTRA_STATE_FILE = re.compile(r"extra_state_rank_(\d{1,6})\.pt")
 _SHARED = re.compile(
     r"scheduler(?:_\d+)?\.bin|scheduler\.pt|sampler(?:_\d+)?\.bin|scaler\.pt|custom_checkpoint_\d+\.pkl"
     r"|trainer_state\.json|training_args\.bin"
 )
-_OF_RANKS = re.compile(r"random_states_\d+\.pkl|rng_state(?:_\d+)?\.pth|dl_state_dict(?:_\d+)?\.bin")
+_OF_RANKS = re.compile(
+    r"random_states_\d{1,6}\.pkl|rng_state(?:_\d{1,6})?\.pth|dl_state_dict(?:_\d{1,6})?\.bin"
+)
 # What means nothing to any other framework; a scheduler and a step do.
-_OWN = re.compile(rf"{_OF_RANKS.pattern}|sampler(?:_\d+)?\.bin|scaler\.pt|custom_checkpoint_\d+\.pkl")
+_OWN = re.compile(
+    rf"{_OF_RANKS.pattern}|sampler(?:_\d{1, 6})?\.bin|scaler\.pt|custom_checkpoint_\d{1, 6}\.pkl"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +97,11 @@ def _extra_state_files(reader: Reader) -> list[str]:
     """VeOmni's files in the order of the ranks; raises UnreadableError where one is missing."""
     matches = map(_EXTRA_STATE_FILE.fullmatch, reader.list(_EXTRA_STATE))
     ranks = {int(match[1]) for match in matches if match}
-    missing = sorted(set(range(max(ranks, default=-1) + 1)) - ranks)
-    if missing:
+    missing = first_missing(ranks, max(ranks, default=-1) + 1)
+    if missing is not None:
         raise UnreadableError(
             f"{reader.root}/{_EXTRA_STATE} has files of {len(ranks)} ranks up to {max(ranks)}, and none of "
-            f"rank {missing[0]}. Copy the directory whole, or take it away to convert without."
+            f"rank {missing}. Copy the directory whole, or take it away to convert without."
         )
     return [f"{_EXTRA_STATE}/extra_state_rank_{rank}.pt" for rank in range(len(ranks))]
 

@@ -12,7 +12,7 @@ from ckpt_tool.formats.dcp.reading.beside import VEOMNI, is_veomni
 from ckpt_tool.formats.dcp.reading.shards import read_shards, shard_directory
 from ckpt_tool.storage import Reader
 
-_MODEL_DIRECTORY = re.compile(r"pytorch_model_fsdp_(\d+)$")
+_MODEL_DIRECTORY = re.compile(r"pytorch_model_fsdp_(\d{1,6})$")
 _OPTIMIZER_DIRECTORIES = ("optimizer", "optimizer_0", "optim")
 TITAN_NAME = re.compile(r"tok_embeddings\.weight|layers\.\d+\.(?:attention|moe|feed_forward)\..*")
 

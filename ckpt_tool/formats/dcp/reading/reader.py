@@ -7,7 +7,6 @@ beside it. Parameters in another precision, and those without optimizer state, a
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -43,6 +42,7 @@ from ckpt_tool.formats.dcp.reading.beside import SCHEDULER_LEFT_OUT, Beside, fin
 from ckpt_tool.formats.dcp.reading.completeness import check_rows
 from ckpt_tool.formats.dcp.reading.directories import TITAN_NAME, Found, read_directories
 from ckpt_tool.formats.dcp.reading.topology import ep_size, layers_of, topology, unbroken, world_size
+from ckpt_tool.json_file import read_object
 from ckpt_tool.storage import Reader
 from ckpt_tool.wrappers import note_of
 
@@ -95,13 +95,7 @@ def _config(reader: Reader) -> Mapping[str, Any] | None:
 
 def _json(reader: Reader, name: str) -> Mapping[str, Any]:
     """A JSON object in a file; raises UnreadableError where it is none."""
-    try:
-        value = json.loads(reader.read(name, 0, reader.size(name)))
-    except (ValueError, RecursionError) as error:
-        raise UnreadableError(f"{reader.root}/{name} is not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UnreadableError(f"{reader.root}/{name} holds no JSON object.")
-    return value
+    return read_object(reader, name)
 
 
 def _family(config: Mapping[str, Any] | None) -> tuple[Family | None, tuple[str, ...]]:

@@ -8,7 +8,6 @@ torch's own consolidation fills it with zeros.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -18,9 +17,10 @@ from ckpt_tool.containers.safetensors import SafetensorsFile
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.formats.dcp.contents import Contents, Held, Part, check_coverage, placed
 from ckpt_tool.geometry import row_major
+from ckpt_tool.json_text import parse_json
 from ckpt_tool.storage import Reader, read_each
 
-SHARD = re.compile(r"shard-(?P<shard>\d+)-model-(?P<file>\d+)-of-(?P<files>\d+)\.safetensors$")
+SHARD = re.compile(r"shard-(?P<shard>\d{1,6})-model-(?P<file>\d{1,6})-of-(?P<files>\d{1,6})\.safetensors$")
 SHARDING_INFO = "DCP_SHARDING_INFO"
 
 
@@ -82,9 +82,9 @@ def _check_numbers(names: list[str], where: str) -> None:
 
 def _saved_offsets(file: SafetensorsFile, where: str) -> Mapping[str, tuple[int, ...]]:
     try:
-        info = json.loads(file.metadata[SHARDING_INFO])
+        info = parse_json(file.metadata[SHARDING_INFO].encode(), where)
         offsets = {name: tuple(info[name]["saved_offsets"]) for name in file.tensors}
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, UnreadableError) as error:
         raise UnreadableError(
             f"{where}: the header does not say where its parts belong ({SHARDING_INFO}: "
             f"{type(error).__name__} {error})."

@@ -11,8 +11,10 @@ import re
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.storage import Reader
 
-MODEL = re.compile(r"(bf16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<tp>\d+)_model_states\.pt")
-OPTIMIZER = re.compile(r"(bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<tp>\d+)_optim_states\.pt")
+MODEL = re.compile(r"(bf16_)?zero_pp_rank_(?P<rank>\d{1,6})_mp_rank_(?P<tp>\d{1,6})_model_states\.pt")
+OPTIMIZER = re.compile(
+    r"(bf16_|fp16_)?zero_pp_rank_(?P<rank>\d{1,6})_mp_rank_(?P<tp>\d{1,6})_optim_states\.pt"
+)
 
 
 def files_by_rank(reader: Reader, pattern: re.Pattern[str]) -> dict[int, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ckpt_tool.canonical import Apart, Region, Tensor, even_holders
 from ckpt_tool.errors import UnreadableError
+from ckpt_tool.limits import MOST_EXPERTS, MOST_RANKS
 
 
 def partition_size(numel: int, count: int) -> int:
@@ -90,6 +91,12 @@ def expert_holders(entry: Mapping[str, Any], where: str) -> tuple[tuple[int, ...
     """
     experts, ep_size = entry["num_experts"], entry["ep_size"]
     layer = entry["expert_key_prefix"]
+    for number, most in ((experts, MOST_EXPERTS), (ep_size, MOST_RANKS)):
+        if type(number) is not int or not 1 <= number <= most:
+            raise UnreadableError(
+                f"{where}: {layer} has num_experts={experts!r} on {ep_size!r} EP ranks. The "
+                "metadata is damaged."
+            )
     placement = entry.get("expert_placement")
     if placement is None:
         local = entry["num_local_experts"]

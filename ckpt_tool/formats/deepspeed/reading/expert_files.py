@@ -35,7 +35,7 @@ from ckpt_tool.formats.deepspeed.reading.model_file import COPY_AGAIN, ModelFile
 from ckpt_tool.geometry import Cut, CutRegions
 from ckpt_tool.storage import Reader, read_each
 
-_FILE = re.compile(r"layer_(-?\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt$")
+_FILE = re.compile(r"layer_(-?\d{1,6})_expert_(\d{1,6})_mp_rank_(\d{1,6})_model_states\.pt$")
 _FIELDS = (
     "moe_layer_id",
     "module_path",

@@ -21,7 +21,7 @@ from ckpt_tool.storage import Reader
 MODEL_FILE = "mp_rank_00_model_states.pt"
 # the end of messages about files that contradict each other or themselves
 COPY_AGAIN = "Copy this checkpoint again from where it was saved."
-_MODEL_FILE = re.compile(r"mp_rank_(\d+)(_\d+)?_model_states\.pt$")
+_MODEL_FILE = re.compile(r"mp_rank_(\d{1,6})(_\d{1,6})?_model_states\.pt$")
 _COUNTERS = ("global_steps", "skipped_steps", "global_samples")
 
 Shape = tuple[int, ...]

@@ -38,6 +38,7 @@ from ckpt_tool.formats.deepspeed.facts.names import parse_expert
 from ckpt_tool.formats.deepspeed.facts.partition import Paddings, PartitionRegions, partition_size
 from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
 from ckpt_tool.formats.deepspeed.reading.rank_files import ENGINE_KEYS
+from ckpt_tool.limits import first_missing
 from ckpt_tool.storage import Reader, read_each
 
 FORMAT = "deepspeed-universal"
@@ -49,7 +50,7 @@ ROLE = "ckpt_tool_role"
 SOURCE = "ckpt_tool_source"
 SCALERS = "deepspeed.runtime.fp16.loss_scaler"
 
-_MODEL_COPY = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt$")
+_MODEL_COPY = re.compile(r"zero_pp_rank_(\d{1,6})_mp_rank_00_model_states\.pt$")
 
 
 def read_universal(reader: Reader) -> Checkpoint:
@@ -370,7 +371,7 @@ def _frozen(
         return [], [], []
     found = {int(match[1]): match[0] for match in map(_MODEL_COPY.match, reader.list()) if match}
     world = model.root["dp_world_size"]
-    if sorted(found) != list(range(world)):
+    if world != len(found) or first_missing(found, len(found)) is not None:
         raise UnreadableError(
             f"{reader.root} holds the frozen parameters {sorted(shapes)[:3]} in pieces, in the model files "
             f"of {world} ranks; there are files of ranks {sorted(found)}. Copy the files of all ranks."

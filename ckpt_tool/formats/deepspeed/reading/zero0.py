@@ -49,7 +49,7 @@ from ckpt_tool.formats.deepspeed.reading.whole_model import (
 from ckpt_tool.formats.deepspeed.reading.zero12 import read_zero12
 from ckpt_tool.storage import Reader
 
-_EXPERT_OPTIMIZER = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
+_EXPERT_OPTIMIZER = re.compile(r"expp_rank_(\d{1,6})_mp_rank_(\d{1,6})_optim_states\.pt$")
 _LOSS_SCALE = ("dynamic_loss_scale", "cur_scale")
 
 _NONE = "The checkpoint holds no optimizer state."
