@@ -71,7 +71,10 @@ def test_the_library_reads_what_is_written_here(tmp_path: Path) -> None:
 def test_slots_are_parts_and_casts(tmp_path: Path) -> None:
     tensor = torch.linspace(-2, 2, 24).reshape(4, 6)
     (source,) = stored(tmp_path, {"t": tensor}).values()
-    slots = [("row", Slot(source, (6,), DType.float32, 6)), ("half", whole(source, DType.bfloat16))]
+    slots = [
+        ("row", Slot(source, (6,), DType.float32, 6)),
+        ("half", whole(source, DType.bfloat16, "rounded")),
+    ]
     found = load_file(write(tmp_path, slots, {}))
     assert torch.equal(found["row"], tensor[1])
     assert torch.equal(found["half"], tensor.bfloat16())

@@ -150,7 +150,7 @@ def test_a_config_of_an_unknown_family_is_a_note(w4e4: Path, tmp_path: Path) -> 
 
 def test_a_config_beside_the_checkpoint_that_is_no_json(w4e4: Path) -> None:
     (w4e4 / "config.json").write_text("{")
-    assert "is not readable JSON" in one(w4e4, "config").message
+    assert "is damaged or no JSON" in one(w4e4, "config").message
 
 
 def test_a_ds_config_of_another_ep_size(w4e4: Path) -> None:
