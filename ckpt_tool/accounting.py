@@ -8,6 +8,7 @@ short runs, which are put together where they complement each other.
 from __future__ import annotations
 
 import math
+import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from ckpt_tool.canonical import Box, Region
 
 _MANY = 1 << 15  # numbers that are merged faster by numpy than it takes to import it
+_SOME = 1 << 8  # the same, where it is imported anyhow
 _COMPACTED = 1 << 20  # numbers kept of a file before they are merged
 _SPELLED_OUT = 1 << 16  # runs of a lattice that are kept one by one
 _WINDOW = 1 << 24  # bytes looked at together where lattices do not complement each other
@@ -83,13 +85,28 @@ class Bytes:
 
     def double(self) -> tuple[str, int] | None:
         """The file and position of a byte that was added twice, if one was."""
+        if sum(map(len, self._bounds.values())) > _MANY:
+            import numpy  # noqa: F401 (which makes ``_merged`` use it)
         for file in {**self._bounds, **self._lattices}:
             self._of(file)
         return self._double
 
     def add_pieces(self, pieces: Iterable[Region | Box], itemsize: int) -> None:
+        """The bytes of pieces of a tensor. Millions of runs of a large run's ranks: spelled out."""
+        known = self._bounds
         for piece in pieces:
-            self.add_piece(piece, itemsize)
+            if type(piece) is not Region:
+                self.add_piece(piece, itemsize)
+                continue
+            _, numel, file, start = piece
+            bounds = known.get(file)
+            if not bounds or len(bounds) >= _COMPACTED:
+                self.add(file, start, start + numel * itemsize)
+            elif bounds[-1] == start:
+                bounds[-1] = start + numel * itemsize
+            else:
+                bounds.append(start)
+                bounds.append(start + numel * itemsize)
 
     def missing(self, file: str, extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """Of (offset, length) stretches of a file, those with a byte that is not in the set, as (number of
@@ -145,6 +162,11 @@ class Bytes:
 
 def _size(bounds: array[int]) -> int:
     """How many bytes intervals have together."""
+    if len(bounds) > _SOME and "numpy" in sys.modules:
+        import numpy as np
+
+        pairs = np.frombuffer(bounds, np.int64).reshape(-1, 2)
+        return int((pairs[:, 1] - pairs[:, 0]).sum())
     return sum(bounds[1::2]) - sum(bounds[::2])
 
 
@@ -160,7 +182,7 @@ def _first_double(bounds: array[int]) -> int:
 
 def _merged(bounds: array[int]) -> array[int]:
     """Intervals sorted, those that touch or overlap as one."""
-    if len(bounds) > _MANY:
+    if len(bounds) > (_SOME if "numpy" in sys.modules else _MANY):
         return _merged_many(bounds)
     found = array("q")
     for start, end in sorted(zip(bounds[::2], bounds[1::2], strict=True)):
