@@ -16,6 +16,7 @@ from ckpt_tool.commit import Staging, occupied
 from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.containers.decoded import files_behind
 from ckpt_tool.errors import CkptToolError, DamagedError, ExecutionError, UsageError
+from ckpt_tool.execute.base import Executor
 from ckpt_tool.execute.budget import MIB, Budget
 from ckpt_tool.execute.checked import Checked, CheckingReader
 from ckpt_tool.execute.local import execute
@@ -34,7 +35,8 @@ DEFAULT_MAX_MEMORY = 1024 * MIB
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How to carry out a plan: the memory all buffers may hold together (bytes), threads, durability."""
+    """How to carry out a plan: the memory all buffers may hold together (bytes), threads, durability, and
+    the ``executor`` that writes the files."""
 
     max_memory: int = DEFAULT_MAX_MEMORY
     workers: int | None = None
@@ -42,6 +44,7 @@ class Execution:
     overwrite: bool = False
     meter: Meter = field(default_factory=Silent)
     on_published: Callable[[Path], None] = lambda _: None  # told even where the run is interrupted then
+    executor: Executor = execute
 
     def budget(self) -> Budget:
         return Budget.share(self.max_memory, self.workers or default_workers())
@@ -127,7 +130,7 @@ def carry_out(
         check_disk(staging.path, left)
         how.meter.start(left)
         try:
-            execute(
+            how.executor(
                 plan,
                 checking,
                 LocalWriter(staging.path, fsync=how.fsync),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from ckpt_tool.printable import printable
 
@@ -47,6 +48,9 @@ class DamagedError(UnreadableError):
     def __init__(self, message: str, files: Iterable[str]) -> None:
         super().__init__(message)
         self.files = frozenset(files)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DamagedError, (*self.args, self.files)  # another process may have found it
 
 
 class ExecutionError(CkptToolError):

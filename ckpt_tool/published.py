@@ -88,6 +88,9 @@ class _Nowhere:
     def create(self, path: str, size: int) -> None:
         pass
 
+    def join(self, path: str) -> None:
+        pass
+
     def write(self, path: str, offset: int, data: memoryview | bytes) -> None:
         pass
 

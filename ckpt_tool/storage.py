@@ -16,8 +16,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.system_errors import reading_failed, writing_failed
@@ -81,6 +82,10 @@ class Writer(Protocol):
 
     def create(self, path: str, size: int) -> None: ...
 
+    def join(self, path: str) -> None:
+        """Take part in writing a file that another process has created and will finish."""
+        ...
+
     def write(self, path: str, offset: int, data: memoryview | bytes) -> None: ...
 
     def finish(self, path: str) -> None:
@@ -99,6 +104,9 @@ class LocalReader:
         self._first: dict[str, _Signature] = {}  # of every file, when it was first opened
         self._lock = threading.Lock()
         self._most_open = _most_open_files()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalReader, (self._root,)  # opened anew where it arrives
 
     @property
     def root(self) -> str:
@@ -325,7 +333,20 @@ class LocalWriter:
         self._root = Path(root)
         self._fsync = fsync
         self._open: dict[str, int] = {}
+        self._joined: set[str] = set()  # of those, the files that another process finishes
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(LocalWriter, fsync=self._fsync), (self._root,)
+
+    def join(self, path: str) -> None:
+        try:
+            fd = os.open(self._root / path, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise writing_failed(self._root / path, error) from error
+        with self._lock:
+            self._open[path] = fd
+            self._joined.add(path)
 
     def create(self, path: str, size: int) -> None:
         target = self._root / path
@@ -351,6 +372,7 @@ class LocalWriter:
     def finish(self, path: str) -> None:
         with self._lock:
             fd = self._open.pop(path)
+            self._joined.discard(path)
         try:
             try:
                 if self._fsync:
@@ -361,7 +383,7 @@ class LocalWriter:
             raise writing_failed(self._root / path, error) from error
 
     def close(self) -> None:
-        """Let go of all files; those that were not finished are removed."""
+        """Let go of all files; those that were created here and not finished are removed."""
         with self._lock:
             unfinished, self._open = self._open, {}
         for path, fd in unfinished.items():
@@ -369,7 +391,8 @@ class LocalWriter:
             with contextlib.suppress(OSError):
                 os.close(fd)
             with contextlib.suppress(OSError):
-                os.unlink(self._root / path)
+                if path not in self._joined:
+                    os.unlink(self._root / path)
 
 
 def read_each(one: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

@@ -15,9 +15,9 @@ from ckpt_tool.errors import CkptToolError, MismatchError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.casts import cast
 from ckpt_tool.execute.gather import gather
-from ckpt_tool.execute.local import EXTENT_BYTES
 from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.execute.threads import in_parallel
+from ckpt_tool.execute.writing import EXTENT_BYTES
 from ckpt_tool.geometry import (
     Axis,
     Piece,

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import xxhash
 from isal import isal_zlib
 
 from ckpt_tool.errors import DamagedError
+from ckpt_tool.execute.base import Passed
 from ckpt_tool.storage import FileState, Reader
 from ckpt_tool.sums import SourceSums, Sum
 
@@ -48,6 +50,9 @@ class CheckingReader:
         self._files: dict[str, _File] = {}
         self._lock = threading.Lock()
         self._parts = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CheckingReader, (self._inner, self._sums)
 
     @property
     def root(self) -> str:
@@ -119,11 +124,40 @@ class CheckingReader:
             if right:
                 self._parts += record.close("", right=True)
                 return
-        raise DamagedError(
+        raise self._damaged(record)
+
+    def _damaged(self, record: _Record) -> DamagedError:
+        return DamagedError(
             f"The source in {self.root} is damaged: {record.stated.differs()}. Nothing was published. "
             f"{record.stated.remedy()}",
             {record.stated.path},
         )
+
+    def passed(self) -> Passed:
+        """Of every file that was read, each record that something was read of: its number, whether it was
+        right, how many bytes are accounted for in no range, and the ranges with their CRC-32s."""
+        with self._lock:
+            return {
+                path: [
+                    (number, record.right, record.lost, record.ranges())
+                    for number, record in enumerate(file.records)
+                    if record.read()
+                ]
+                for path, file in self._files.items()
+            }
+
+    def take_over(self, passed: Passed) -> None:
+        """Raises DamagedError where a record, put together of what several have read, is wrong."""
+        for path, records in passed.items():
+            file = self._files.get(path) or self._opened(path)
+            for number, right, lost, ranges in records:
+                record = file.records[number]
+                with self._lock:
+                    self._parts += record.take_over(right, lost, ranges)
+                    if not record.closed and record.is_whole() and record.matches() is False:
+                        raise self._damaged(record)
+                    if not record.closed and record.is_whole() and record.matches():
+                        self._parts += record.close("", right=True)
 
     def finish(self, step: int) -> None:
         """Read the rest of what was read but for a little, and what is small, in all files that were read;
@@ -251,6 +285,24 @@ class _Record:
             self._crcs[index] = isal_zlib.crc32_combine(self._crcs[index], crc, end - start)
         self._ends[index] = end
 
+    def ranges(self) -> list[tuple[int, int, int]]:
+        """Those that were read, each with its CRC-32 (0 where that is not looked at)."""
+        return list(zip(self._starts, self._ends, self._crcs, strict=True))
+
+    def take_over(self, right: bool, lost: int, ranges: Sequence[tuple[int, int, int]]) -> int:
+        """Add what another process has read. Of what was read here, too, but for a part, the CRC of that
+        part is not known: it counts as not read. Returns by how many the ranges have grown."""
+        if right and not self.right:
+            return self.close("", right=True)
+        if self.closed:
+            self.lost += 0 if self.right else lost + sum(high - low for low, high, _ in ranges)
+            return 0
+        if lost:
+            grown = self.close(TOO_MANY)
+            self.lost += lost
+            return grown
+        return sum(self.insert(low, high, crc) for low, high, crc in ranges)
+
     def stream(self, at: int, data: memoryview) -> None:
         """For checksums of streams."""
 
@@ -293,6 +345,11 @@ class _Stream(_Record):
                 self._position = at + len(data)
             elif at > self._position:
                 self.why = OUT_OF_ORDER
+
+    def take_over(self, right: bool, lost: int, ranges: Sequence[tuple[int, int, int]]) -> int:
+        if not right and not self.right:
+            self.why = OUT_OF_ORDER
+        return super().take_over(right, lost, ranges)
 
     def matches(self) -> bool | None:
         return self._digest.hexdigest() == self.stated.xxh3 if self._position == self.end else None

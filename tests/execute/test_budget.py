@@ -62,7 +62,7 @@ def test_the_buffers_made_are_within_the_limit(
     """Counts every bytearray the executor makes."""
     import builtins
 
-    from ckpt_tool.execute import local
+    from ckpt_tool.execute import writing
 
     made = 0
 
@@ -71,7 +71,7 @@ def test_the_buffers_made_are_within_the_limit(
         made += size if isinstance(size, int) else 0
         return builtins.bytearray(size)  # type: ignore[call-overload, no-any-return]
 
-    monkeypatch.setattr(local, "bytearray", counted, raising=False)
+    monkeypatch.setattr(writing, "bytearray", counted, raising=False)
     how = api.Execution(max_memory=limit, workers=4, fsync=False)
     api.convert(checkpoint_of("mixtral_w4e2"), tmp_path / "out", to="universal", how=how)
     assert 0 < made <= limit

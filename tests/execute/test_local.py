@@ -21,9 +21,10 @@ from ckpt_tool.canonical import DType, Region, Tensor
 from ckpt_tool.containers.torch_zip import torch_file
 from ckpt_tool.errors import CkptToolError, ExecutionError, UnreadableError, UsageError
 from ckpt_tool.execute.budget import KIB, Budget
-from ckpt_tool.execute.local import EXTENT_BYTES, execute
+from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Silent
 from ckpt_tool.execute.threads import in_parallel
+from ckpt_tool.execute.writing import EXTENT_BYTES
 from ckpt_tool.geometry import Axis, take
 from ckpt_tool.layout import Layout, whole
 from ckpt_tool.plan import make_plan
