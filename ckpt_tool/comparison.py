@@ -100,6 +100,8 @@ def _same_names(
     found = next((c for c in (config, a.model_config, b.model_config) if c is not None), None)
     if a.dialect == b.dialect and not (found is not None and _named_by_one(a, b)):
         return a, b
+    if found is None and _of_one_module(a, b):
+        return a, b
     if found is None:
         raise UsageError(
             f"The two use different names ({a.dialect} and {b.dialect}), and neither carries the model's "
@@ -107,6 +109,13 @@ def _same_names(
         )
     family = family_of(found)
     return to_hub(a, family, found), to_hub(b, family, found)
+
+
+def _of_one_module(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether two without routed experts have the same names: of a module that is no family's."""
+    if a.moe_layers or b.moe_layers:
+        return False
+    return {tensor.name for tensor in a.values()} == {tensor.name for tensor in b.values()}
 
 
 def _named_by_one(a: Checkpoint, b: Checkpoint) -> bool:

@@ -13,13 +13,14 @@ from ckpt_tool.families import FUSED_FORM, HUB_FORM, Family, family_of
 from ckpt_tool.families.agreement import check_config
 from ckpt_tool.families.forms import compiled
 from ckpt_tool.families.naming import Entry, entries, to_hub, unpublishable
+from ckpt_tool.formats.hf import own_module
 from ckpt_tool.formats.hf.files import INDEX, SINGLE
 from ckpt_tool.formats.hf.quantised import QUANTISATION_KEYS, refuse_unreadable
+from ckpt_tool.formats.hf.shards import Named, index, shards
 from ckpt_tool.formats.hf.target_options import HfOptions
 from ckpt_tool.layout import Layout, Literal, Slot, TargetFile, left_out, text_file
 
 _NO_STATE = "a model file holds no optimizer state"
-Named = tuple[str, Slot]
 
 
 def layout(checkpoint: Checkpoint, options: HfOptions) -> Layout:
@@ -27,10 +28,8 @@ def layout(checkpoint: Checkpoint, options: HfOptions) -> Layout:
     family is published, or ``fused``, as transformers holds it in memory."""
     config = options.config if options.config is not None else checkpoint.model_config
     if config is None:
-        raise UsageError(
-            "The checkpoint does not say which model it is. Pass --config with the model's "
-            "config.json, or a directory that has one (its tokenizer is carried over, too)."
-        )
+        refuse_unreadable(checkpoint.tensors)
+        return own_module.layout(checkpoint, options)
     style = options.hf_layout or HUB_FORM
     if style not in (HUB_FORM, FUSED_FORM):
         raise UsageError(f"--hf-layout {style!r} is no form of a Hugging Face model; choose hub or fused.")
@@ -43,10 +42,10 @@ def layout(checkpoint: Checkpoint, options: HfOptions) -> Layout:
     slots = (
         _encoded_slots(values, family, style) if keep_encoded else _slots(values, family, options, config)
     )
-    shards = _shards(slots, options.max_shard_bytes)
-    files = [safetensors_file(path, part, {"format": "pt"}) for path, part in shards.items()]
-    if list(shards) != [SINGLE]:
-        files.append(text_file(INDEX, _index(shards)))
+    parts = shards(slots, options.max_shard_bytes)
+    files = [safetensors_file(path, part, {"format": "pt"}) for path, part in parts.items()]
+    if list(parts) != [SINGLE]:
+        files.append(text_file(INDEX, index(parts)))
     written = most_used((slot.dtype, slot.nbytes) for _, slot in slots)
     new_config, notes = _new_config(config, family, None if keep_encoded else written)
     files.append(text_file("config.json", json.dumps(new_config, indent=2) + "\n"))
@@ -132,31 +131,6 @@ def _kept_precision(slots: Iterable[Named], family: Family, dtype: DType | None)
 
 
 # ---- files
-
-
-def _shards(slots: list[Named], limit: int) -> dict[str, list[Named]]:
-    """Fill files up to ``limit`` bytes in order; a tensor larger than that gets a file of its own."""
-    parts: list[list[Named]] = [[]]
-    held = 0
-    for entry in slots:
-        if parts[-1] and held + entry[1].nbytes > limit:
-            parts.append([])
-            held = 0
-        parts[-1].append(entry)
-        held += entry[1].nbytes
-    if len(parts) == 1:
-        return {SINGLE: parts[0]}
-    return {
-        f"model-{number:05d}-of-{len(parts):05d}.safetensors": part for number, part in enumerate(parts, 1)
-    }
-
-
-def _index(shards: Mapping[str, list[Named]]) -> str:
-    total = sum(slot.nbytes for part in shards.values() for _, slot in part)
-    parameters = sum(slot.numel for part in shards.values() for _, slot in part)
-    weight_map = {name: path for path, part in shards.items() for name, _ in part}
-    metadata = {"total_parameters": parameters, "total_size": total}
-    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
 
 
 def most_used(sizes: Iterable[tuple[DType, int]]) -> DType:
