@@ -144,9 +144,8 @@ class _Identity:
         self._digest.update(f"{file.path}\0{file.size}\n".encode())
         for literal in file.literals:
             self._digest.update(literal.data)
-        for fill in file.fills:
-            line = f"{fill.offset} {fill.tensor.label()} {fill.start} {fill.dtype.torch_name}\n"
-            self._digest.update(line.encode())
+        lines = (f"{f.offset} {f.tensor.label()} {f.start} {f.dtype.torch_name}\n" for f in file.fills)
+        self._digest.update("".join(lines).encode())
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
@@ -307,9 +306,15 @@ class Extent(NamedTuple):
 def extents(file: TargetFile, max_bytes: int) -> Iterator[Extent]:
     """Cut a file's fills into units of at most ``max_bytes`` of the target, or of one block
     (``geometry.block_numel``). Fill by fill, as they are asked for: a large file has many."""
-    for index, fill in enumerate(file.fills):
-        found = copies(fill)
-        block = block_numel(fill.tensor, found)
-        most = max(block, max_bytes // fill.dtype.itemsize)
-        for start, numel in cut(fill.start, fill.numel, most, block):
-            yield Extent(index, start - fill.start, numel, found, block)
+    for index in range(len(file.fills)):
+        yield from fill_extents(file, index, max_bytes)
+
+
+def fill_extents(file: TargetFile, index: int, max_bytes: int) -> Iterator[Extent]:
+    """The same of one fill."""
+    fill = file.fills[index]
+    found = copies(fill)
+    block = block_numel(fill.tensor, found)
+    most = max(block, max_bytes // fill.dtype.itemsize)
+    for start, numel in cut(fill.start, fill.numel, most, block):
+        yield Extent(index, start - fill.start, numel, found, block)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ckpt_tool.integrity import check_files
 from ckpt_tool.manifest import JOURNAL, read_manifest
 from ckpt_tool.plan import Plan
 from ckpt_tool.replacing import Judge, aside
-from ckpt_tool.storage import LocalReader, Reader, is_directory, is_file
+from ckpt_tool.storage import LocalReader, Order, Patch, Reader, is_directory, is_file
 from ckpt_tool.written import WrittenFile
 
 
@@ -85,6 +85,8 @@ def finish(target: Path, judge: Judge, *, overwrite: bool) -> None:
 class _Nowhere:
     """A writer for what is only checksummed."""
 
+    order = Order.ANY
+
     def create(self, path: str, size: int) -> None:
         pass
 
@@ -94,7 +96,7 @@ class _Nowhere:
     def write(self, path: str, offset: int, data: memoryview | bytes) -> None:
         pass
 
-    def finish(self, path: str) -> None:
+    def finish(self, path: str, patches: Sequence[Patch] = ()) -> None:
         pass
 
     def close(self) -> None:

@@ -14,8 +14,9 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -77,19 +78,38 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
+class Order(Enum):
+    """In which order a writer takes the bytes of a file."""
+
+    ANY = "at any position, from several threads and processes at once"
+    PATCHED = "front to back, and at the end a few small ranges once more"
+    FRONT_TO_BACK = "front to back"
+
+
+# Bytes that are to stand at an offset of a file.
+Patch = tuple[int, bytes]
+
+
 class Writer(Protocol):
-    """A directory being filled. Files are created at their full size and written at positions."""
+    """A directory being filled. Of each file its size is told first, then its bytes, in an order that the
+    writer takes. Where it is pickled, it is opened anew where it arrives."""
+
+    @property
+    def order(self) -> Order: ...
 
     def create(self, path: str, size: int) -> None: ...
 
     def join(self, path: str) -> None:
-        """Take part in writing a file that another process has created and will finish."""
+        """Take part in writing a file that another process has created and will finish (``Order.ANY``)."""
         ...
 
-    def write(self, path: str, offset: int, data: memoryview | bytes) -> None: ...
+    def write(self, path: str, offset: int, data: memoryview | bytes) -> None:
+        """Where the order is front to back, ``offset`` is where the file ends so far."""
+        ...
 
-    def finish(self, path: str) -> None:
-        """The file is complete: make it durable and let go of it."""
+    def finish(self, path: str, patches: Sequence[Patch] = ()) -> None:
+        """The file is complete, once the ``patches`` are in it, in the place of what was written there
+        (``Order.PATCHED`` only): make it durable and let go of it."""
         ...
 
     def close(self) -> None: ...
@@ -329,6 +349,8 @@ def _mode(path: Path) -> int:
 class LocalWriter:
     """New files below a local directory. Several threads may write one file at different positions."""
 
+    order = Order.ANY
+
     def __init__(self, root: str | os.PathLike[str], *, fsync: bool = True) -> None:
         self._root = Path(root)
         self._fsync = fsync
@@ -369,7 +391,9 @@ class LocalWriter:
             except OSError as error:
                 raise writing_failed(self._root / path, error) from error
 
-    def finish(self, path: str) -> None:
+    def finish(self, path: str, patches: Sequence[Patch] = ()) -> None:
+        for offset, data in patches:
+            self.write(path, offset, data)
         with self._lock:
             fd = self._open.pop(path)
             self._joined.discard(path)

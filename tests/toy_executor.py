@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from ckpt_tool.execute.base import Passed, Source
 from ckpt_tool.execute.budget import Budget
+from ckpt_tool.execute.in_order import write_file
 from ckpt_tool.execute.meter import Meter, Silent
-from ckpt_tool.execute.writing import Part, seal, write_file, write_part
+from ckpt_tool.execute.writing import Part, seal, write_part
 from ckpt_tool.plan import Plan, PlannedFile
 from ckpt_tool.storage import Writer
 from ckpt_tool.written import WrittenExtent, WrittenFile

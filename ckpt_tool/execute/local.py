@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 
 from ckpt_tool.containers.decoded import DecodingReader
 from ckpt_tool.execute.budget import Budget
+from ckpt_tool.execute.in_order import write_in_order
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.execute.threads import in_parallel
 from ckpt_tool.execute.writing import EXTENT_BYTES, Tile, Work, seal, write_extent
 from ckpt_tool.layout import TargetFile
 from ckpt_tool.plan import Extent, Plan, PlannedFile, extents
-from ckpt_tool.storage import Reader, Writer
+from ckpt_tool.storage import Order, Reader, Writer
 from ckpt_tool.written import WrittenExtent, WrittenFile
 
 
@@ -89,7 +90,11 @@ class _Run:
         self._lock = threading.Lock()
 
     def work(self, tile: Tile, worker: int) -> None:
-        """Write extents until none is left; whoever writes a file's last one seals it."""
+        """Write extents until none is left; whoever writes a file's last one seals it. A file that is
+        written front to back has one worker."""
+        if self._work.sink.order is not Order.ANY:
+            self._write_whole_files(tile)
+            return
         while not self.stop.is_set():
             with self._lock:
                 file, unit = self._next(worker)
@@ -121,6 +126,20 @@ class _Run:
             if unit := file.next():
                 return file, unit
         return None, None
+
+    def _write_whole_files(self, tile: Tile) -> None:
+        while not self.stop.is_set():
+            with self._lock:
+                planned = next(self._files, None)
+                target = planned and planned.layout()
+            if target is None:
+                return
+            self._work.sink.create(target.path, target.size)
+            written = write_in_order(tile, target, self._work)
+            if written is None:
+                return
+            with self._lock:
+                self._on_file(written)
 
     def _fill(self, tile: Tile, file: _OpenFile, unit: Extent) -> bool:
         """Write one extent; False where the run was stopped on the way."""

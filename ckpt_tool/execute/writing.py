@@ -48,13 +48,6 @@ class Work(NamedTuple):
     stop: threading.Event
 
 
-def write_file(file: TargetFile, source: Reader, sink: Writer, budget: Budget, meter: Meter) -> WrittenFile:
-    """Write a whole file with one thread, and finish it."""
-    sink.create(file.path, file.size)
-    written = write_part(file, Part(0, file.size), source, sink, budget, meter)
-    return seal(file, written, sink, meter)
-
-
 def write_part(
     file: TargetFile, part: Part, source: Reader, sink: Writer, budget: Budget, meter: Meter
 ) -> list[WrittenExtent]:
@@ -105,10 +98,10 @@ def seal(file: TargetFile, written: Iterable[WrittenExtent], sink: Writer, meter
     slots = _slots(file, found)
     literals = []
     for literal in file.literals:
-        data = _filled_in(literal, slots)
+        data = filled_in(literal, slots)
         sink.write(file.path, literal.offset, data)
         meter.add(len(data))
-        literals.append(_extent_of(literal.offset, data))
+        literals.append(extent_of(literal.offset, data))
     sink.finish(file.path)
     return WrittenFile(file.path, file.size, tuple(sorted([*found, *literals])))
 
@@ -116,7 +109,7 @@ def seal(file: TargetFile, written: Iterable[WrittenExtent], sink: Writer, meter
 def _slots(file: TargetFile, written: Sequence[WrittenExtent]) -> list[tuple[int, int]]:
     """The CRC of every record, with the offset where it belongs, in the order of the file."""
     crcs = _fill_crcs(file, written)
-    return sorted((slot.offset, _record_crc(slot, crcs, file)) for slot in file.crc_slots)
+    return sorted((slot.offset, record_crc(slot, crcs, file)) for slot in file.crc_slots)
 
 
 def _fill_crcs(file: TargetFile, written: Sequence[WrittenExtent]) -> list[int]:
@@ -138,11 +131,11 @@ def _fill_crcs(file: TargetFile, written: Sequence[WrittenExtent]) -> list[int]:
     return crcs
 
 
-def _extent_of(offset: int, data: bytes) -> WrittenExtent:
+def extent_of(offset: int, data: bytes) -> WrittenExtent:
     return WrittenExtent(offset, len(data), xxhash.xxh3_64_hexdigest(data), isal_zlib.crc32(data))
 
 
-def _filled_in(literal: Literal, slots: Sequence[tuple[int, int]]) -> bytes:
+def filled_in(literal: Literal, slots: Sequence[tuple[int, int]]) -> bytes:
     """The literal's bytes with each CRC at its offset in the file; ``slots`` are sorted by offset."""
     first = bisect_left(slots, (literal.offset,))
     within = slots[first : bisect_left(slots, (literal.offset + len(literal.data),))]
@@ -155,7 +148,7 @@ def _filled_in(literal: Literal, slots: Sequence[tuple[int, int]]) -> bytes:
     return bytes(data)
 
 
-def _record_crc(slot: CrcSlot, crcs: Sequence[int], target: TargetFile) -> int:
+def record_crc(slot: CrcSlot, crcs: Sequence[int], target: TargetFile) -> int:
     crc = 0
     for part in slot.parts:
         if isinstance(part, bytes):

@@ -17,9 +17,10 @@ from ckpt_tool.canonical import DType, Region, Tensor
 from ckpt_tool.containers.torch_zip import torch_file
 from ckpt_tool.errors import CoverageError, DamagedError
 from ckpt_tool.execute.budget import Budget
+from ckpt_tool.execute.in_order import write_file
 from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Silent
-from ckpt_tool.execute.writing import EXTENT_BYTES, Part, seal, write_file, write_part
+from ckpt_tool.execute.writing import EXTENT_BYTES, Part, seal, write_part
 from ckpt_tool.formats import preparing
 from ckpt_tool.formats.base import Request
 from ckpt_tool.formats.known import targets
