@@ -53,12 +53,13 @@ from ckpt_tool.opened import Opened as Opened
 from ckpt_tool.page import refuse_other_files, rendered, write_page
 from ckpt_tool.page.data import page_data
 from ckpt_tool.plan import make_plan
-from ckpt_tool.storage import LocalReader
+from ckpt_tool.storage import Location
+from ckpt_tool.stores.known import Place, local_path, open_location
 from ckpt_tool.sums import own_manifest
 from ckpt_tool.system_errors import told
 from ckpt_tool.values import Difference, check_replicas
 
-PathLike = str | os.PathLike[str]
+PathLike = str | os.PathLike[str]  # URLs among the former
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +100,10 @@ def open(path: PathLike, *, config: PathLike | None = None) -> Opened:
     Raises:
         CkptToolError: it is not read, or the config does not fit.
     """
-    found, _ = find_config(Path(path), config)
-    reader, checkpoint = open_checkpoint(Path(path))
+    found, _ = find_config(path, config)
+    reader, checkpoint = open_checkpoint(path)
     if config is not None:
-        checkpoint = _with_experts(checkpoint, Path(path), config)
+        checkpoint = _with_experts(checkpoint, path, config)
     return Opened(reader, checkpoint, found)
 
 
@@ -113,9 +114,9 @@ def catalogue(path: PathLike, *, config: PathLike | None = None) -> Checkpoint:
     Args:
         config: a ``config.json``, which tells the experts where names and shapes do not.
     """
-    reader, checkpoint = open_checkpoint(Path(path))
+    reader, checkpoint = open_checkpoint(path)
     reader.close()
-    return checkpoint if config is None else _with_experts(checkpoint, Path(path), config)
+    return checkpoint if config is None else _with_experts(checkpoint, path, config)
 
 
 @told()
@@ -174,17 +175,17 @@ def convert(
         _refuse_useless(known, given)
     cast = parse_dtype(dtype)
     budget = how.budget()
-    reader, checkpoint = open_checkpoint(Path(source))
+    reader, checkpoint = open_checkpoint(source)
     try:
         if known is None:
             known = _own_target(checkpoint)
             _refuse_useless(known, given)
-        model_config, beside = find_config(Path(source), config)
+        model_config, beside = find_config(source, config)
         if config is not None and model_config is not None:
             check_same_family(checkpoint.model_config, model_config)
         written = known.load()
         republished = known.published and checkpoint.format == written.name
-        files_left = left_behind(Path(source), beside) if republished else ()
+        files_left = left_behind(source, beside) if republished else ()
         values = known.values(given)
         prepared = written.prepare(
             Request(known.to, checkpoint, values, cast, model_config, config is not None, beside)
@@ -196,7 +197,8 @@ def convert(
         parameters = {"to": known.to, "dtype": str(cast or "keep")}
         parameters |= recorded(known.options, all_options(), values)
         wanted = Wanted(parameters, prepared.config, cast)
-        destination = Path(os.path.abspath(target))  # noqa: PTH100 (keep symlinks as the user wrote them)
+        # Not Path.resolve: symlinks stay as the user wrote them.
+        destination = Path(os.path.abspath(local_path(target, "A result")))  # noqa: PTH100
         outcome = Outcome(None)
         refuse_own_source(Path(reader.root), destination)
         if how.overwrite:
@@ -212,7 +214,7 @@ def convert(
     return Result(
         source=checkpoint.root,
         source_format=checkpoint.format,
-        target=str(target),
+        target=str(open_location(target)),
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
         files=len(plan.files),
@@ -333,9 +335,9 @@ def find_copied_experts(
         UsageError: no experts are recognised, so nothing could be checked.
     """
     how = how or Execution()
-    reader, checkpoint = open_checkpoint(Path(source))
+    reader, checkpoint = open_checkpoint(source)
     try:
-        checkpoint = _with_experts(checkpoint, Path(source), config)
+        checkpoint = _with_experts(checkpoint, source, config)
         if not checkpoint.moe_layers:
             raise UsageError(
                 f"No routed experts are recognised in {checkpoint.root}, so nothing was checked. If the "
@@ -366,7 +368,7 @@ def page(
         UsageError: ``target`` exists and is no page.
     """
     how = how or Execution()
-    path, file = Path(source), Path(target)
+    path, file = open_location(source), Path(target)
     refuse_other_files(file)
     found, _ = find_config(path, config)
     reader, checkpoint = open_checkpoint(path)
@@ -391,7 +393,7 @@ def doctor(source: PathLike, *, config: PathLike | None = None, how: Execution |
         UnreadableError: it is no checkpoint that is read here, and nothing more can be said.
     """
     how = how or Execution()
-    path = Path(source)
+    path = local_path(source, "doctor")
     tags = tag_file(path)
     if any(finding.severity is Severity.ERROR for finding in tags):
         return Diagnosis(str(path), None, None, 0, 0, tuple(tags), ())
@@ -426,12 +428,12 @@ def verify(
     how = how or Execution()
     budget = how.budget()
     if b is None:
-        return _verify_one(Path(a), budget, how)
-    reader, checkpoint = open_checkpoint(Path(a))
+        return _verify_one(open_location(a), budget, how)
+    reader, checkpoint = open_checkpoint(a)
     try:
-        other_reader, other = open_checkpoint(Path(b))
+        other_reader, other = open_checkpoint(b)
         try:
-            found = read_config(Path(config)) if config is not None else None
+            found = read_config(config) if config is not None else None
             return compare(checkpoint, other, (reader, other_reader), budget, config=found, meter=how.meter)
         finally:
             other_reader.close()
@@ -439,7 +441,7 @@ def verify(
         reader.close()
 
 
-def _with_experts(checkpoint: Checkpoint, source: Path, config: PathLike | None) -> Checkpoint:
+def _with_experts(checkpoint: Checkpoint, source: Place, config: PathLike | None) -> Checkpoint:
     """The catalogue with its experts told apart, where a config at hand does what reading could not."""
     found, _ = find_config(source, config)
     if found is None or checkpoint.moe_layers:
@@ -456,13 +458,13 @@ def _with_experts(checkpoint: Checkpoint, source: Path, config: PathLike | None)
     return published
 
 
-def _verify_one(path: Path, budget: Budget, how: Execution) -> Verdict:
+def _verify_one(path: Location, budget: Budget, how: Execution) -> Verdict:
     """Against its manifest and its own checksums; where it cannot be read any more, the manifest tells
     which files are damaged."""
     directory = locate(path)
-    own = own_manifest(path if path.is_dir() and read_manifest(path) is not None else directory)
+    own = own_manifest(path if path.is_directory() and read_manifest(path) is not None else directory)
     manifest = own[1] if own else None
-    root = LocalReader(own[0] if own else directory)
+    root = (own[0] if own else directory).reader()
     try:
         try:
             reader, checkpoint = open_checkpoint(path)

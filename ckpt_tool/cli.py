@@ -282,9 +282,7 @@ def consolidate(
 @spread()
 def verify(
     a: Source,
-    b: Annotated[
-        Path | None, typer.Argument(readable=False, help="A second checkpoint to compare with.")
-    ] = None,
+    b: Annotated[str | None, typer.Argument(help="A second checkpoint to compare with.")] = None,
     config: Config = None,
     *,
     run: Reading,

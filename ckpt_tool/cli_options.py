@@ -21,16 +21,15 @@ if TYPE_CHECKING:
     from ckpt_tool.api import Execution
     from ckpt_tool.report import Progress
 
-# `readable=False`: typer does not look, so that what it would find is told as everything else is.
+# Text, not a Path, which would make one slash of a URL's two.
 Source = Annotated[
-    Path,
+    str,
     typer.Argument(
         metavar="SRC",
-        readable=False,
         help="A checkpoint: its tag directory, the parent with a `latest` file, or a file.",
     ),
 ]
-Destination = Annotated[Path, typer.Argument(metavar="DST", readable=False, help="The new directory.")]
+Destination = Annotated[str, typer.Argument(metavar="DST", help="The new directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print what is wrong, and nothing else.")]
 MaxMemory = Annotated[
@@ -42,11 +41,10 @@ Workers = Annotated[
     typer.Option("--workers", metavar="N", min=1, help="Threads. Default: two per core, at most 8."),
 ]
 Config = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--config",
         metavar="PATH",
-        readable=False,
         help="The model's config.json, or the directory with it, whose tokenizer is carried over, too.",
     ),
 ]
@@ -168,14 +166,13 @@ def _members(kind: type[Reading | Writing]) -> list[inspect.Parameter]:
 
 def _parameter(option: Option) -> inspect.Parameter:
     """A declared option as typer reads it."""
-    kind: Any = str if option.kind is Size else option.kind
+    kind: Any = str if option.kind in (Size, Path) else option.kind  # a path may be a URL
     default = size_text(option.default) if option.kind is Size else option.default
     about = typer.Option(
         *option.flags,
         help=option.help + (f" One of {', '.join(option.choices)}." if option.choices else ""),
         metavar=option.metavar or _METAVARS.get(option.kind),
         min=option.minimum,
-        readable=False,
         autocompletion=completing(option.choices) if option.choices else None,
     )
     if default is None:

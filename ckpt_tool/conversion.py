@@ -27,6 +27,7 @@ from ckpt_tool.plan import Plan, PlannedFile, copies
 from ckpt_tool.published import finish, is_published, is_what_it_would_be
 from ckpt_tool.replacing import Owned
 from ckpt_tool.storage import LocalWriter, Reader
+from ckpt_tool.stores.known import open_location
 from ckpt_tool.sums import COPY_AGAIN, ON_PURPOSE, SourceSums, listed_below, own_manifest
 from ckpt_tool.written import as_stored
 
@@ -182,8 +183,9 @@ def _verify_source(
     Raises:
         DamagedError: something is not what was saved.
     """
-    own = own_manifest(Path(reader.root))
-    manifest = listed_below(*own, Path(reader.root)) if own else None
+    location = open_location(reader.root)
+    own = own_manifest(location)
+    manifest = listed_below(*own, location) if own else None
     proven = checking.is_right if checking else none_proven
     verdict = check(checkpoint, reader, manifest, reader, budget, meter=Silent(), proven=proven)
     used = {file.path for file in checkpoint.files}

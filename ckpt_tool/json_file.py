@@ -9,13 +9,13 @@ from typing import Any
 from ckpt_tool.errors import UnreadableError, UsageError
 from ckpt_tool.json_text import parse_json
 from ckpt_tool.limits import LARGEST_JSON
-from ckpt_tool.storage import Reader, read_small, too_large
+from ckpt_tool.storage import Location, Reader, as_location, too_large
 
 
-def read_json(file: Path) -> Mapping[str, Any]:
+def read_json(file: Path | Location) -> Mapping[str, Any]:
     """A JSON object; UsageError where there is no file, UnreadableError where it holds something else."""
     try:
-        data = read_small(file, LARGEST_JSON)
+        data = as_location(file).read_small(LARGEST_JSON)
     except FileNotFoundError:
         raise UsageError(f"{file} does not exist.") from None
     except IsADirectoryError:

@@ -17,7 +17,7 @@ import xxhash
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.json_text import parse_json
 from ckpt_tool.limits import LARGEST_RECORD
-from ckpt_tool.storage import is_file, read_small
+from ckpt_tool.storage import Location, as_location
 from ckpt_tool.system_errors import reading_failed
 from ckpt_tool.written import WrittenFile, as_written
 
@@ -54,24 +54,24 @@ def _checksum(blank: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(blank)
 
 
-def manifest_root(directory: Path) -> Path:
+def manifest_root(directory: Location) -> Location:
     """A Universal checkpoint's manifest lies beside its tag file, one level up."""
-    if not is_file(directory / MANIFEST) and is_file(directory.parent / MANIFEST):
+    if not (directory / MANIFEST).is_file() and (directory.parent / MANIFEST).is_file():
         return directory.parent
     return directory
 
 
-def read_manifest(directory: Path) -> Manifest | None:
+def read_manifest(directory: Path | Location) -> Manifest | None:
     """The manifest of a directory; None where it has none.
 
     Raises:
         UnreadableError: it is damaged, or of a version this release does not know.
     """
-    path = directory / MANIFEST
-    if not is_file(path):
+    path = as_location(directory) / MANIFEST
+    if not path.is_file():
         return None
     try:
-        raw = read_small(path, LARGEST_RECORD)
+        raw = path.read_small(LARGEST_RECORD)
         data = parse_json(raw, str(path))
         version = data["manifest_version"]
         if version not in (_BEFORE_CHECKSUMS, _BEFORE_CRCS, MANIFEST_VERSION):
@@ -83,13 +83,13 @@ def read_manifest(directory: Path) -> Manifest | None:
             _check(path, raw, data.pop("checksum"))
         files = tuple(as_written(file, version > _BEFORE_CRCS) for file in data["files"])
     except OSError as error:
-        raise reading_failed(path, error) from error
+        raise reading_failed(str(path), error) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UnreadableError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
     return Manifest({key: value for key, value in data.items() if key != "files"}, files)
 
 
-def _check(path: Path, raw: bytes, stated: str) -> None:
+def _check(path: Location, raw: bytes, stated: str) -> None:
     blank = raw.replace(stated.encode(), _NO_CHECKSUM.encode(), 1)
     if len(stated) != len(_NO_CHECKSUM) or _checksum(blank) != stated:
         raise UnreadableError(

@@ -16,10 +16,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.system_errors import reading_failed, writing_failed
@@ -76,6 +77,79 @@ class Reader(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Location(Protocol):
+    """Where something lies in a store: a directory, a file, or nothing. Printed, it is what a user passes
+    for it."""
+
+    @property
+    def scheme(self) -> str:
+        """The store's, as ``stores.known`` lists it."""
+        ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def parent(self) -> Location: ...
+
+    def __truediv__(self, name: str) -> Location: ...
+
+    def is_file(self) -> bool: ...
+
+    def is_directory(self) -> bool: ...
+
+    def read_small(self, most: int) -> bytes:
+        """All bytes of a file of at most ``most``.
+
+        Raises:
+            FileNotFoundError, IsADirectoryError: there is no such file.
+            UnreadableError: it is larger, or cannot be read.
+        """
+        ...
+
+    def reader(self) -> Reader:
+        """The files below a directory."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalLocation:
+    """A local path."""
+
+    path: Path
+    scheme: ClassVar[str] = "file"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def parent(self) -> LocalLocation:
+        return LocalLocation(self.path.parent)
+
+    def __truediv__(self, name: str) -> LocalLocation:
+        return LocalLocation(self.path / name)
+
+    def is_file(self) -> bool:
+        return is_file(self.path)
+
+    def is_directory(self) -> bool:
+        return is_directory(self.path)
+
+    def read_small(self, most: int) -> bytes:
+        return read_small(self.path, most)
+
+    def reader(self) -> LocalReader:
+        return LocalReader(self.path)
+
+
+def as_location(place: Path | Location) -> Location:
+    return LocalLocation(place) if isinstance(place, Path) else place
 
 
 class Order(Enum):

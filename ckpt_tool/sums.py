@@ -5,14 +5,14 @@ and what a manifest of ckpt-tool says of any file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from ckpt_tool.canonical import SourceFile
 from ckpt_tool.containers.stored_zip import StoredZip
 from ckpt_tool.errors import DamagedError
 from ckpt_tool.manifest import MANIFEST, Manifest, manifest_root, read_manifest
-from ckpt_tool.storage import Reader
+from ckpt_tool.storage import Location, Reader
+from ckpt_tool.stores.known import open_location
 from ckpt_tool.written import WrittenFile
 
 COPY_AGAIN = "Copy it again from where it was saved."
@@ -83,7 +83,7 @@ def manifest_sums(file: WrittenFile) -> list[Sum]:
     ]
 
 
-def own_manifest(directory: Path) -> tuple[Path, Manifest] | None:
+def own_manifest(directory: Location) -> tuple[Location, Manifest] | None:
     """The manifest that lists files of a checkpoint's directory, with its own; None where there is none.
 
     Raises:
@@ -98,7 +98,7 @@ def own_manifest(directory: Path) -> tuple[Path, Manifest] | None:
     return root, manifest
 
 
-def listed_below(root: Path, manifest: Manifest, directory: Path) -> Manifest:
+def listed_below(root: Location, manifest: Manifest, directory: Location) -> Manifest:
     """What a manifest in ``root`` says of the files in ``directory``, which is that or one in it."""
     if directory == root:
         return manifest
@@ -126,9 +126,10 @@ class SourceSums:
         for file in files:
             self._sources.setdefault(file.path, []).append(file)
         self._listed: Mapping[str, WrittenFile] = {}
-        own = own_manifest(Path(reader.root))
+        location = open_location(reader.root)
+        own = own_manifest(location)
         if own is not None:
-            self._listed = {file.path: file for file in listed_below(*own, Path(reader.root)).files}
+            self._listed = {file.path: file for file in listed_below(*own, location).files}
 
     def of(self, path: str) -> list[Sum]:
         """In the order of the file; without overlaps.

@@ -26,6 +26,7 @@ from ckpt_tool.execute.meter import Silent
 from ckpt_tool.formats.registry import locate, open_checkpoint
 from ckpt_tool.manifest import MANIFEST, manifest_bytes
 from ckpt_tool.storage import LocalReader
+from ckpt_tool.stores.known import local_path
 from ckpt_tool.sums import SourceSums
 from ckpt_tool.written import WrittenExtent, WrittenFile
 from tests.conftest import ROOT, checkpoint_of, config_of, run_cli, tree
@@ -71,7 +72,7 @@ def convert(source: Path, target: Path, to: str = "universal", **options: object
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("to", ["universal", "dcp", "hf"])
 def test_a_flipped_bit_in_a_ranks_file(to: str, verify: bool, zero3: Path, tmp_path: Path) -> None:
-    file = locate(zero3) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    file = local_path(locate(zero3), "a test") / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     whole = file.read_bytes()
     masters = "data/3"
     flip(file, masters)
@@ -187,14 +188,14 @@ def test_a_manifest_that_is_damaged(published: Path, tmp_path: Path) -> None:
 
 def test_a_flipped_bit_in_a_small_record_that_is_read_before_all_else(zero3: Path, tmp_path: Path) -> None:
     """A step of all ranks, which agree on the wrong number."""
-    for file in locate(zero3).glob("*optim_states.pt"):
+    for file in local_path(locate(zero3), "a test").glob("*optim_states.pt"):
         flip(file, "data/0")
     with pytest.raises(DamagedError, match="record data/0"):
         convert(zero3, tmp_path / "out")
 
 
 def test_state_that_is_not_converted_is_checked_by_verify_alone(zero3: Path, tmp_path: Path) -> None:
-    file = locate(zero3) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    file = local_path(locate(zero3), "a test") / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     flip(file, "data/2")
     convert(zero3, tmp_path / "out", "hf")
     with pytest.raises(DamagedError, match=file.name):

@@ -25,7 +25,7 @@ from ckpt_tool.formats.hf.files import INDEX
 from ckpt_tool.formats.registry import TAG_FILES, locate
 from ckpt_tool.json_file import read_object
 from ckpt_tool.limits import LONGEST_TAG
-from ckpt_tool.storage import LocalReader, Reader, is_file, read_each, read_small
+from ckpt_tool.storage import Reader, is_file, read_each, read_small
 from ckpt_tool.system_errors import reading_failed
 
 _MODEL_FILE = re.compile(r"mp_rank_00_model_states\.pt")
@@ -44,7 +44,7 @@ _SERIES = re.compile(r"(.*-)(\d{1,6})-of-(\d{1,6})\.safetensors", re.ASCII)
 
 def survey(path: Path) -> list[Finding]:
     """Everything found wrong with the files of the checkpoint at ``path``."""
-    reader = LocalReader(locate(path))
+    reader = locate(path).reader()
     try:
         return [finding for look in _LOOKS for finding in look(reader)]
     finally:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.manifest import MANIFEST
-from ckpt_tool.storage import LocalReader, Reader
+from ckpt_tool.storage import Location, Reader
 
 # Beside its weights, what a published model directory consists of.
 MODEL_FILES = re.compile(
@@ -58,9 +57,11 @@ def not_understood(reader: Reader, checkpoint: Checkpoint) -> tuple[str, ...]:
     return _note(reader, used)
 
 
-def beside_tags(parent: Path, tag: Path, is_checkpoint: Callable[[Path], bool]) -> tuple[str, ...]:
+def beside_tags(
+    parent: Location, tag: Location, is_checkpoint: Callable[[Location], bool]
+) -> tuple[str, ...]:
     """The same of the directory above a tag, where trainers keep their state; other tags are none of it."""
-    reader = LocalReader(parent)
+    reader = parent.reader()
     try:
         directories = [name for name in reader.list() if reader.is_directory(name)]
         tags = {name for name in directories if _is_tag(parent / name, is_checkpoint)}
@@ -69,7 +70,7 @@ def beside_tags(parent: Path, tag: Path, is_checkpoint: Callable[[Path], bool]) 
         reader.close()
 
 
-def _is_tag(path: Path, is_checkpoint: Callable[[Path], bool]) -> bool:
+def _is_tag(path: Location, is_checkpoint: Callable[[Location], bool]) -> bool:
     try:
         return is_checkpoint(path)
     except CkptToolError as error:

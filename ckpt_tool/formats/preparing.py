@@ -29,7 +29,7 @@ def template(path: Path | None) -> Checkpoint | None:
     """The catalogue of the checkpoint that ``--like`` names, if it was given."""
     if path is None:
         return None
-    reader, checkpoint = open_checkpoint(Path(path))
+    reader, checkpoint = open_checkpoint(path)
     reader.close()
     return checkpoint
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 from ckpt_tool import collecting
 from ckpt_tool.canonical import Checkpoint
@@ -14,7 +13,8 @@ from ckpt_tool.formats.base import SourceFormat
 from ckpt_tool.formats.beside import beside_tags, not_understood
 from ckpt_tool.formats.known import FORMATS
 from ckpt_tool.limits import LONGEST_TAG
-from ckpt_tool.storage import LocalReader, Reader, is_directory, is_file, read_small
+from ckpt_tool.storage import Location, Reader
+from ckpt_tool.stores.known import Place, open_location
 from ckpt_tool.system_errors import reading_failed
 from ckpt_tool.wrappers import unwrapped_checkpoint
 
@@ -27,43 +27,44 @@ def sources() -> list[SourceFormat]:
     return [known.load() for known in FORMATS if known.load is not None]
 
 
-def locate(path: Path) -> Path:
+def locate(place: Place) -> Location:
     """The directory a user means by a checkpoint path: itself, the one its tag file names, or a file's.
 
     Raises:
         UnreadableError: there is nothing at the path, or its tag file names a missing directory.
     """
-    if is_file(path):
+    path = open_location(place)
+    if path.is_file():
         if path.name in TAG_FILES:
             return _tagged(path)
         return path.parent
-    if not is_directory(path):
+    if not path.is_directory():
         raise UnreadableError(f"{path} does not exist.")
     for tag_file in TAG_FILES:
-        if is_file(path / tag_file):
+        if (path / tag_file).is_file():
             return _tagged(path / tag_file)
     return _newest_step(path) or path
 
 
-def _newest_step(path: Path) -> Path | None:
+def _newest_step(path: Location) -> Location | None:
     """torchtitan has no tag file: its steps are ``step-<N>``, and a finished one has its metadata."""
     steps = {
         int(entry.name.removeprefix("step-")): entry
-        for entry in map(path.joinpath, LocalReader(path).list())
+        for entry in map(path.__truediv__, path.reader().list())
         if entry.name.startswith("step-")
         and entry.name.removeprefix("step-").isdecimal()
-        and is_file(entry / ".metadata")
+        and (entry / ".metadata").is_file()
     }
     return steps[max(steps)] if steps else None
 
 
-def _tagged(tag_file: Path) -> Path:
+def _tagged(tag_file: Location) -> Location:
     try:
-        tag = os.fsdecode(read_small(tag_file, LONGEST_TAG)).strip()
+        tag = os.fsdecode(tag_file.read_small(LONGEST_TAG)).strip()
     except OSError as error:
-        raise reading_failed(tag_file, error) from error
+        raise reading_failed(str(tag_file), error) from error
     directory = tag_file.parent / tag
-    if not tag or not is_directory(directory):
+    if not tag or not directory.is_directory():
         raise UnreadableError(
             f"{tag_file} names {tag!r}, but there is no such directory beside it. Pass the directory of "
             "the step you want."
@@ -71,29 +72,30 @@ def _tagged(tag_file: Path) -> Path:
     return directory
 
 
-def _is_checkpoint(path: Path) -> bool:
+def _is_checkpoint(path: Location) -> bool:
     try:
-        reader = LocalReader(locate(path))
+        reader = locate(path).reader()
     except UnreadableError:
         return False
     return any(candidate.recognises(reader) for candidate in sources())
 
 
-def _above(path: Path, directory: Path) -> tuple[str, ...]:
+def _above(path: Location, directory: Location) -> tuple[str, ...]:
     """What is to be said of the directory that a tag file lies in."""
-    parent = path if is_directory(path) else path.parent
+    parent = path if path.is_directory() else path.parent
     return () if parent == directory else beside_tags(parent, directory, _is_recognised)
 
 
-def _is_recognised(directory: Path) -> bool:
-    reader = LocalReader(directory)
+def _is_recognised(directory: Location) -> bool:
+    reader = directory.reader()
     return any(candidate.recognises(reader) for candidate in sources())
 
 
-def open_checkpoint(path: Path) -> tuple[Reader, Checkpoint]:
-    """Read the catalogue of the checkpoint at ``path``, whatever its format."""
+def open_checkpoint(place: Place) -> tuple[Reader, Checkpoint]:
+    """Read the catalogue of a checkpoint, whatever its format and the store it lies in."""
+    path = open_location(place)
     directory = locate(path)
-    reader = LocalReader(directory)
+    reader = directory.reader()
     for candidate in sources():
         if candidate.recognises(reader):
             try:
