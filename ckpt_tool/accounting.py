@@ -57,7 +57,7 @@ class Bytes:
             return
         bounds.append(start)
         bounds.append(end)
-        if len(bounds) > _COMPACTED and len(bounds) % _COMPACTED < 2:
+        if len(bounds) >= _COMPACTED and len(bounds) % _COMPACTED < 2:
             self._merge(file)
 
     def add_piece(self, piece: Region | Box, itemsize: int) -> None:
