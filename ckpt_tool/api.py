@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tool.canonical import Checkpoint, DType
-from ckpt_tool.commit import occupied
 from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.conversion import Execution as Execution
 from ckpt_tool.conversion import (
@@ -54,7 +53,7 @@ from ckpt_tool.page import refuse_other_files, rendered, write_page
 from ckpt_tool.page.data import page_data
 from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import Location
-from ckpt_tool.stores.known import Place, local_path, open_location
+from ckpt_tool.stores.known import Place, local_path, open_destination, open_location, store_of
 from ckpt_tool.sums import own_manifest
 from ckpt_tool.system_errors import told
 from ckpt_tool.values import Difference, check_replicas
@@ -197,13 +196,12 @@ def convert(
         parameters = {"to": known.to, "dtype": str(cast or "keep")}
         parameters |= recorded(known.options, all_options(), values)
         wanted = Wanted(parameters, prepared.config, cast)
-        # Not Path.resolve: symlinks stay as the user wrote them.
-        destination = Path(os.path.abspath(local_path(target, "A result")))  # noqa: PTH100
+        destination = open_destination(target)
         outcome = Outcome(None)
-        refuse_own_source(Path(reader.root), destination)
+        refuse_own_source(open_location(reader.root), destination)
         if how.overwrite:
             refuse_strangers(destination, plan)
-        if dry_run and not how.overwrite and occupied(destination):
+        if dry_run and not how.overwrite and store_of(destination).is_taken(destination):
             raise UsageError(f"{destination} exists. Choose another destination, or pass --overwrite.")
         lacking = lacking_room(destination, plan.bytes_written) if dry_run else ""
         if not dry_run:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from ckpt_tool import __version__
 from ckpt_tool.belongings import owned
 from ckpt_tool.canonical import Checkpoint, DType
-from ckpt_tool.commit import Staging, occupied
+from ckpt_tool.commit import Staging
 from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.containers.decoded import files_behind
 from ckpt_tool.errors import CkptToolError, DamagedError, ExecutionError, UsageError
@@ -24,10 +23,11 @@ from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.formats.registry import open_checkpoint
 from ckpt_tool.integrity import check, none_proven
 from ckpt_tool.plan import Plan, PlannedFile, copies
-from ckpt_tool.published import finish, is_published, is_what_it_would_be
+from ckpt_tool.published import is_published, is_what_it_would_be
 from ckpt_tool.replacing import Owned
-from ckpt_tool.storage import LocalWriter, Reader
-from ckpt_tool.stores.known import open_location
+from ckpt_tool.storage import Location, Reader
+from ckpt_tool.stores.base import Publishing
+from ckpt_tool.stores.known import local_path, open_location, store_of
 from ckpt_tool.sums import COPY_AGAIN, ON_PURPOSE, SourceSums, listed_below, own_manifest
 from ckpt_tool.written import as_stored
 
@@ -44,7 +44,7 @@ class Execution:
     fsync: bool = True
     overwrite: bool = False
     meter: Meter = field(default_factory=Silent)
-    on_published: Callable[[Path], None] = lambda _: None  # told even where the run is interrupted then
+    on_published: Callable[[Location], None] = lambda _: None  # told even where the run is interrupted then
     executor: Executor = execute
 
     def budget(self) -> Budget:
@@ -80,7 +80,7 @@ def carry_out(
     plan: Plan,
     reader: Reader,
     checkpoint: Checkpoint,
-    destination: Path,
+    destination: Location,
     wanted: Wanted,
     how: Execution,
     budget: Budget,
@@ -112,7 +112,7 @@ def carry_out(
             verdict = _verify_result(plan, destination, reader, kept, wanted, budget, how)
         _refuse_changed(reader)
         how.on_published(destination)
-        finish(destination, judge, overwrite=how.overwrite)
+        store_of(destination).tidy(destination, Publishing(how.overwrite, how.fsync, judge))
         note = f"{destination} was there already, written by this command, and is what it would be now."
         return Outcome(verdict, (note,))
     checking = CheckingReader(reader, SourceSums(reader, checkpoint.files))
@@ -128,13 +128,13 @@ def carry_out(
         )
         resumed = bool(staging.done)
         left = plan.bytes_written - sum(file.size for file in staging.done.values())
-        check_disk(staging.path, left)
+        check_room(destination, left)
         how.meter.start(left)
         try:
             how.executor(
                 plan,
                 checking,
-                LocalWriter(staging.path, fsync=how.fsync),
+                staging.writer(),
                 budget,
                 meter=how.meter,
                 skip=is_done,
@@ -152,7 +152,7 @@ def carry_out(
             raise
         if verify_result:
             try:
-                verdict = _verify_result(plan, staging.path, reader, kept, wanted, budget, how)
+                verdict = _verify_result(plan, staging.location, reader, kept, wanted, budget, how)
             except CkptToolError:
                 staging.discard_all()
                 raise
@@ -201,7 +201,7 @@ def _verify_source(
 
 def _verify_result(
     plan: Plan,
-    path: Path,
+    path: Location,
     reader: Reader,
     checkpoint: Checkpoint,
     wanted: Wanted,
@@ -258,40 +258,48 @@ def _identity(plan: Plan, checkpoint: Checkpoint, parameters: Mapping[str, Any])
     }
 
 
-def check_disk(path: Path, needed: int) -> None:
-    """Raises ExecutionError where ``needed`` bytes do not fit beside or in ``path``."""
-    lacking = lacking_room(path, needed)
+def check_room(destination: Location, needed: int) -> None:
+    """Raises ExecutionError where ``needed`` bytes more do not fit where a result is prepared."""
+    lacking = lacking_room(destination, needed)
     if lacking:
         raise ExecutionError(lacking)
 
 
-def lacking_room(path: Path, needed: int) -> str:
-    """What to tell the user where ``needed`` bytes do not fit beside or in ``path``; else nothing."""
-    existing = next(place for place in (path, *path.parents) if place.exists())
-    free = shutil.disk_usage(existing).free
-    if needed <= free:
+def lacking_room(destination: Location, needed: int) -> str:
+    """What to tell the user where ``needed`` bytes do not fit; else nothing."""
+    free = store_of(destination).free(destination)
+    if free is None or needed <= free:
         return ""
     return (
-        f"{path.parent}: the result needs {needed} bytes, the disk has {free} free. Free some space or "
-        "choose another destination."
+        f"{destination.parent}: the result needs {needed} bytes, the disk has {free} free. Free some space "
+        "or choose another destination."
     )
 
 
-def refuse_own_source(source: Path, destination: Path) -> None:
+def refuse_own_source(source: Location, destination: Location) -> None:
     """Sources are only read; UsageError where the destination is one, contains it or lies in it."""
-    # Not Path.resolve, which raises RuntimeError for links that lead in a circle (Python < 3.13).
-    resolved, root = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
-    if resolved == root or resolved in root.parents:
+    if source.scheme != destination.scheme:
+        return
+    store = store_of(destination)
+    root, inside = store.parts(source), store.parts(destination)
+    if root[: len(inside)] == inside:
         raise UsageError(f"{destination} contains the source; it would be replaced. Choose another.")
-    if root in resolved.parents:
+    if inside[: len(root)] == root:
         raise UsageError(f"{destination} is inside the source, which is only read. Choose another.")
 
 
-def refuse_strangers(destination: Path, plan: Plan) -> None:
+def refuse_strangers(destination: Location, plan: Plan) -> None:
     """``--overwrite`` replaces checkpoints, and nothing else that happens to have the name.
 
     Raises:
         UsageError: something at the destination is not proven to belong to what is replaced; it is named.
     """
-    if occupied(destination):
-        owned(destination, [file.path for file in plan.files])
+    store = store_of(destination)
+    if not store.is_taken(destination):
+        return
+    if not store.replaces:
+        raise UsageError(
+            f"{destination} exists, and --overwrite replaces nothing in a {destination.scheme}:// store. "
+            "Remove it yourself, or choose another destination."
+        )
+    owned(local_path(destination, "--overwrite"), [file.path for file in plan.files])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from ckpt_tool.storage import FileState
+from ckpt_tool.storage import Token
 from ckpt_tool.written import WrittenFile, as_written
 
 # Linux: random(4). Another number after every start of the machine.
@@ -24,7 +24,7 @@ class Run(NamedTuple):
     """What holds for all files that are complete at the end of a run: the ``sources`` they were made from,
     and whether each was ``synced`` or is only in the memory of a machine since its start ``boot``."""
 
-    sources: Mapping[str, FileState]
+    sources: Mapping[str, Token]
     synced: bool
     boot: str
 
@@ -99,5 +99,7 @@ def _lines(data: bytes) -> Iterator[tuple[Any, int]]:
 
 
 def _run(said: Any) -> Run:
-    sources = {path: FileState(*map(int, state)) for path, *state in said["sources"]}
+    sources = {path: tuple(token) for path, *token in said["sources"]}
+    if not all(type(part) in (int, str) for path, token in sources.items() for part in (path, *token)):
+        raise ValueError("what it says of a source is no path and token")
     return Run(sources, said["synced"] is True, str(said["boot"]))

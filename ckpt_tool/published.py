@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ckpt_tool.commit import lock, occupied, tidy
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.integrity import check_files
-from ckpt_tool.manifest import JOURNAL, read_manifest
+from ckpt_tool.manifest import read_manifest
 from ckpt_tool.plan import Plan
-from ckpt_tool.replacing import Judge, aside
-from ckpt_tool.storage import LocalReader, Order, Patch, Reader, is_directory, is_file
+from ckpt_tool.storage import Location, Order, Patch, Reader
+from ckpt_tool.stores.known import store_of
 from ckpt_tool.written import WrittenFile
 
 
-def is_published(target: Path, identity: Mapping[str, Any], *, overwrite: bool) -> bool:
+def is_published(target: Location, identity: Mapping[str, Any], *, overwrite: bool) -> bool:
     """Whether what is at ``target`` was published by a run of the same command.
 
     With ``overwrite`` a result that is complete is made again, as asked; one that was not tidied up yet is
     what the command made itself.
     """
-    if not occupied(target) or not is_directory(target):
+    store = store_of(target)
+    if not store.is_taken(target) or not target.is_directory():
         return False
-    if overwrite and not (is_file(target / JOURNAL) or is_directory(aside(target))):
+    if overwrite and not store.is_untidy(target):
         return False
     try:
         manifest = read_manifest(target)
@@ -40,7 +37,7 @@ def is_published(target: Path, identity: Mapping[str, Any], *, overwrite: bool) 
     return manifest is not None and all(manifest.identity.get(key) == own[key] for key in own)
 
 
-def is_what_it_would_be(plan: Plan, source: Reader, target: Path, budget: Budget, meter: Meter) -> bool:
+def is_what_it_would_be(plan: Plan, source: Reader, target: Location, budget: Budget, meter: Meter) -> bool:
     """Whether the result holds, byte for byte, what the source would give now.
 
     The identity of a command knows the headers of the source's files only. So all of the source is read
@@ -54,7 +51,7 @@ def is_what_it_would_be(plan: Plan, source: Reader, target: Path, budget: Budget
     execute(plan, source, _Nowhere(), budget, meter=meter, skip=lambda _: False, on_file=written.append)
     if sorted(map(_by_xxh3, written)) != sorted(map(_by_xxh3, manifest.files)):
         return False
-    reader = LocalReader(target)
+    reader = target.reader()
     try:
         return check_files(manifest, reader, budget, meter=Silent()).passed
     finally:
@@ -64,22 +61,6 @@ def is_what_it_would_be(plan: Plan, source: Reader, target: Path, budget: Budget
 def _by_xxh3(file: WrittenFile) -> WrittenFile:
     """Without the CRC-32s, which manifests have from version 3 on."""
     return file._replace(extents=tuple(extent._replace(crc=None) for extent in file.extents))
-
-
-def finish(target: Path, judge: Judge, *, overwrite: bool) -> None:
-    """Tidy up after a run that was stopped in it; UsageError where it still runs."""
-    try:
-        journal = os.open(target / JOURNAL, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        if overwrite:
-            tidy(target, judge)
-        return
-    try:
-        lock(journal, target)
-        tidy(target, judge)
-    finally:
-        with contextlib.suppress(OSError):
-            os.close(journal)
 
 
 class _Nowhere:

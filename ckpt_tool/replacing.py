@@ -32,6 +32,11 @@ class Owned(NamedTuple):
 Judge = Callable[[Path], Owned]
 
 
+def nothing_owned(place: Path) -> Owned:
+    """The judge of a run that replaces nothing."""
+    raise UsageError(f"{place} exists. Choose another destination, or pass --overwrite to replace it.")
+
+
 def aside(place: Path) -> Path:
     """Where a directory is kept until what replaces it has its name."""
     return place.with_name(f".{place.name}.ckpt-tool-replaced")

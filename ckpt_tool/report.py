@@ -7,11 +7,11 @@ import os
 import sys
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ckpt_tool.printable import printable
+from ckpt_tool.storage import Location
 
 _PERIOD = 10.0  # seconds between lines where there is no terminal
 
@@ -24,7 +24,7 @@ class Progress:
         self._lock = threading.Lock()
         self._done = self._total = 0
         self._bar: Any = None
-        self._target: Path | None = None
+        self._target: Location | None = None
         self._began = self._spoke = time.monotonic()
 
     def start(self, total: int) -> None:
@@ -55,7 +55,7 @@ class Progress:
             f"{human_bytes(rate)}/s, {left:.0f} s left"
         )
 
-    def published(self, target: Path) -> None:
+    def published(self, target: Location) -> None:
         """The result is there: whatever ends the command from now on, the user is told so."""
         self._target = target
 

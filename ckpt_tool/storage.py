@@ -14,7 +14,7 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
@@ -32,6 +32,10 @@ _READS_AT_ONCE = 8
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+# What tells that a file was replaced or written to: the same for the same contents, in words of its store.
+Token = tuple[int | str, ...]
 
 
 class FileState(NamedTuple):
@@ -60,8 +64,8 @@ class Reader(Protocol):
         """A file that is not what it was when it was first read from here, if there is one."""
         ...
 
-    def states(self) -> dict[str, FileState]:
-        """Every file that was opened here so far, as it was when it was first opened."""
+    def states(self) -> Mapping[str, Token]:
+        """The token of every file that was opened here so far, as it was when it was first opened."""
         ...
 
     def size(self, path: str) -> int:

@@ -80,7 +80,7 @@ MUTANTS = (
     ),
     Mutant(
         "a journal that was published is taken for the directory's",
-        "ckpt_tool/commit.py",
+        "ckpt_tool/stores/local_area.py",
         "            return os.path.samestat(os.fstat(descriptor), (self.path / JOURNAL).stat())\n",
         "            return True\n",
         (
@@ -361,7 +361,7 @@ MUTANTS = (
     Mutant(
         "files that were never made durable are published",
         "ckpt_tool/commit.py",
-        "                self._sync(path)\n",
+        "                self.area.sync(path)\n",
         "                pass\n",
         (
             "tests/test_source_changes.py::test_files_of_a_run_without_fsync_are_made_durable_by_one_with_it",
@@ -376,9 +376,9 @@ MUTANTS = (
     ),
     Mutant(
         "a staged file of another size counts as complete",
-        "ckpt_tool/commit.py",
-        "path.is_file() and path.stat().st_size == file.size\n",
-        "path.is_file()\n",
+        "ckpt_tool/stores/local_area.py",
+        "file.is_file() and file.stat().st_size == size\n",
+        "file.is_file()\n",
         ("tests/test_commit.py::test_a_file_damaged_in_size_after_the_kill_is_written_again",),
     ),
     Mutant(
@@ -391,8 +391,8 @@ MUTANTS = (
     Mutant(
         "a torn line of the journal is kept",
         "ckpt_tool/commit.py",
-        "            os.ftruncate(self._journal, found.whole)\n",
-        "            pass\n",
+        "        self.area.cut_journal(found.whole)\n",
+        "        pass\n",
         ("tests/test_commit.py::test_a_line_that_a_kill_cut_off_does_not_hide_those_after_it",),
     ),
     # ---- belongings

@@ -19,6 +19,8 @@ from ckpt_tool import api, commit
 from ckpt_tool.commit import Staging
 from ckpt_tool.errors import ExecutionError, UnreadableError, UsageError
 from ckpt_tool.manifest import JOURNAL, MANIFEST, read_manifest
+from ckpt_tool.stores import local_area
+from ckpt_tool.stores.local_area import LocalArea
 from ckpt_tool.written import WrittenExtent, WrittenFile
 from tests import synthetic
 from tests.conftest import checkpoint_of, child_env, run_cli, tree
@@ -309,7 +311,7 @@ def test_a_lock_on_a_journal_that_was_published_is_not_taken_for_the_directorys(
 ) -> None:
     """Between opening the journal and locking it another run has published, and a third has begun."""
     first = staged(tmp_path / "out")
-    original, calls = commit.fcntl.flock, []
+    original, calls = local_area.fcntl.flock, []
 
     def flock(descriptor: int, operation: int) -> None:
         calls.append(descriptor)
@@ -320,10 +322,10 @@ def test_a_lock_on_a_journal_that_was_published_is_not_taken_for_the_directorys(
             (tmp_path / ".out.ckpt-tool-staging").mkdir()
         original(descriptor, operation)
 
-    monkeypatch.setattr(commit.fcntl, "flock", flock)
+    monkeypatch.setattr(local_area.fcntl, "flock", flock)
     second = staged(tmp_path / "out")
     assert len(calls) == 2
-    assert os.path.samestat(os.fstat(second._journal), (second.path / JOURNAL).stat())
+    assert os.path.samestat(os.fstat(area_of(second)._journal), (area_of(second).path / JOURNAL).stat())
     second.close()
 
 
@@ -346,7 +348,7 @@ def test_a_disk_that_is_full_for_our_own_records_is_told_as_such(
         if when == "manifest":
             patch.setattr(Path, "write_bytes", write_bytes)
         else:
-            patch.setattr(commit.os, "write", write)
+            patch.setattr(os, "write", write)
         with pytest.raises(ExecutionError, match="the disk is full"):
             api.convert(source, tmp_path / "out", to="universal")
     assert not (tmp_path / "out").exists()
@@ -365,12 +367,12 @@ def test_a_second_run_never_takes_over_a_run_that_publishes(source: Path, tmp_pa
         return iter(())
 
     staging.done["x"] = WrittenFile("x", 0, ())
-    staging._fsync = True
-    original, commit.os.walk = os.walk, walk  # type: ignore[assignment]
+    area_of(staging)._how = area_of(staging)._how._replace(fsync=True)
+    original, local_area.os.walk = os.walk, walk  # type: ignore[assignment]
     try:
         staging.publish()
     finally:
-        commit.os.walk = original
+        local_area.os.walk = original
         staging.close()
     assert seen
     assert (tmp_path / "out").is_dir()
@@ -638,6 +640,12 @@ def test_no_manifest_is_none(tmp_path: Path) -> None:
 # ---- the staging directory itself
 
 
+def area_of(staging: Staging) -> LocalArea:
+    """The directory of a result that is prepared on the local file system."""
+    assert isinstance(staging.area, LocalArea)
+    return staging.area
+
+
 def staged(target: Path, **identity: str) -> Staging:
     return Staging(target, {"parameters": {"to": "x"}, **identity}, overwrite=False, fsync=False)
 
@@ -645,24 +653,24 @@ def staged(target: Path, **identity: str) -> Staging:
 def test_staging_remembers_complete_files_only(tmp_path: Path) -> None:
     staging = staged(tmp_path / "out")
     for name in ("complete", "half"):
-        (staging.path / name).write_text(name)
+        (area_of(staging).path / name).write_text(name)
     staging.add(WrittenFile("complete", 8, (WrittenExtent(0, 8, "x", 1),)))
-    os.close(staging._journal)  # killed
+    os.close(area_of(staging)._journal)  # killed
     again = staged(tmp_path / "out")
     assert list(again.done) == ["complete"]
-    assert not (again.path / "half").exists()
+    assert not (area_of(again).path / "half").exists()
     again.close()
 
 
 def test_a_line_that_a_kill_cut_off_does_not_hide_those_after_it(tmp_path: Path) -> None:
     staging = staged(tmp_path / "out")
-    os.close(staging._journal)
-    with (staging.path / JOURNAL).open("a") as journal:
+    os.close(area_of(staging)._journal)
+    with (area_of(staging).path / JOURNAL).open("a") as journal:
         journal.write('{"path": "torn", "si')
     again = staged(tmp_path / "out")
-    (again.path / "complete").write_text("complete")
+    (area_of(again).path / "complete").write_text("complete")
     again.add(WrittenFile("complete", 8, (WrittenExtent(0, 8, "x", 1),)))
-    os.close(again._journal)
+    os.close(area_of(again)._journal)
     last = staged(tmp_path / "out")
     assert list(last.done) == ["complete"]
     last.close()
@@ -671,12 +679,12 @@ def test_a_line_that_a_kill_cut_off_does_not_hide_those_after_it(tmp_path: Path)
 def test_a_file_that_an_earlier_release_completed_is_written_again(tmp_path: Path) -> None:
     """Before manifests of version 3 the journal kept no CRC-32 of extents."""
     staging = staged(tmp_path / "out")
-    (staging.path / "complete").write_text("complete")
+    (area_of(staging).path / "complete").write_text("complete")
     staging.add(WrittenFile("complete", 8, ((0, 8, "x"),)))  # type: ignore[arg-type]
-    os.close(staging._journal)
+    os.close(area_of(staging)._journal)
     again = staged(tmp_path / "out")
     assert again.done == {}
-    assert not (again.path / "complete").exists()
+    assert not (area_of(again).path / "complete").exists()
     again.close()
 
 
@@ -700,8 +708,8 @@ def test_a_line_of_the_journal_that_makes_no_sense(line: str, tmp_path: Path) ->
     """Nothing outside is touched, and what may be true of the files inside is not relied upon."""
     (tmp_path / "precious").write_text("12345678")
     staging = staged(tmp_path / "out")
-    os.close(staging._journal)
-    with (staging.path / JOURNAL).open("a") as journal:
+    os.close(area_of(staging)._journal)
+    with (area_of(staging).path / JOURNAL).open("a") as journal:
         journal.write(line + "\n")
     again = staged(tmp_path / "out")
     assert again.done == {}
@@ -713,8 +721,8 @@ def test_a_line_of_the_journal_that_makes_no_sense(line: str, tmp_path: Path) ->
 @pytest.mark.parametrize("identity", ["3", "[]", '{"parameters": 3}', "null"])
 def test_a_journal_of_no_command(identity: str, tmp_path: Path) -> None:
     staging = staged(tmp_path / "out")
-    os.close(staging._journal)
-    (staging.path / JOURNAL).write_text(identity + "\n")
+    os.close(area_of(staging)._journal)
+    (area_of(staging).path / JOURNAL).write_text(identity + "\n")
     with pytest.raises(UsageError, match="left by another command"):
         staged(tmp_path / "out")
 
@@ -722,12 +730,12 @@ def test_a_journal_of_no_command(identity: str, tmp_path: Path) -> None:
 def test_a_symlink_in_a_staging_directory_is_no_complete_file(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("12345678")
     staging = staged(tmp_path / "out")
-    (staging.path / "a").symlink_to(tmp_path / "precious")
+    (area_of(staging).path / "a").symlink_to(tmp_path / "precious")
     staging.add(WrittenFile("a", 8, (WrittenExtent(0, 8, "x", 1),)))
-    os.close(staging._journal)
+    os.close(area_of(staging)._journal)
     again = staged(tmp_path / "out")
     assert again.done == {}
-    assert not os.path.lexists(again.path / "a")
+    assert not os.path.lexists(area_of(again).path / "a")
     assert (tmp_path / "precious").read_text() == "12345678"
     again.close()
 

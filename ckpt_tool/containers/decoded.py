@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import DType, Region, Tensor
 from ckpt_tool.containers.float8 import as_float32
 from ckpt_tool.errors import CoverageError, ExecutionError
-from ckpt_tool.storage import FileState, Reader
+from ckpt_tool.storage import Reader, Token
 
 _MARK = "::decoded:"
 _STEP = 1 << 18  # values decoded at once: a megabyte at most
@@ -114,7 +114,7 @@ class DecodingReader:
     def changed(self) -> str | None:
         return self._inner.changed()
 
-    def states(self) -> dict[str, FileState]:
+    def states(self) -> Mapping[str, Token]:
         return self._inner.states()
 
     def size(self, path: str) -> int:

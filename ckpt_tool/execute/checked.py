@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import xxhash
@@ -18,7 +18,7 @@ from isal import isal_zlib
 
 from ckpt_tool.errors import DamagedError
 from ckpt_tool.execute.base import Passed
-from ckpt_tool.storage import FileState, Reader
+from ckpt_tool.storage import Reader, Token
 from ckpt_tool.sums import SourceSums, Sum
 
 # Parts of records that wait for their neighbours, all files together: some ten megabytes.
@@ -67,7 +67,7 @@ class CheckingReader:
     def changed(self) -> str | None:
         return self._inner.changed()
 
-    def states(self) -> dict[str, FileState]:
+    def states(self) -> Mapping[str, Token]:
         return self._inner.states()
 
     def size(self, path: str) -> int:

@@ -52,6 +52,16 @@ def open_location(place: Place) -> Location:
     return STORES[scheme].location(place)
 
 
+def open_destination(place: Place) -> Location:
+    """The same, wherever the program runs."""
+    location = open_location(place)
+    return store_of(location).absolute(location)
+
+
+def store_of(location: Location) -> Store:
+    return STORES[location.scheme]
+
+
 def local_path(place: Place, wanted_by: str) -> Path:
     """The local path of a place; UsageError where it has none, which ``wanted_by`` needs."""
     location = open_location(place)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tool import api
-from ckpt_tool.commit import MANIFEST
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.manifest import MANIFEST
 from tests.conftest import ROOT, tree
 
 # Name -> (fixture, what it is converted with): one result in each format.

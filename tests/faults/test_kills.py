@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from ckpt_tool import api, commit
+from ckpt_tool import api
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.manifest import JOURNAL
 from tests.conftest import ROOT, tree
 from tests.faults.killing import changing_calls, killed_after, killed_at
 
@@ -80,7 +81,7 @@ class Pair:
         """After a kill: nothing half done under the name; and the same command completes it."""
         if self.target.exists():
             found = tree(self.target)
-            found.pop(commit.JOURNAL, None)
+            found.pop(JOURNAL, None)
             assert found == self.expected or (self.replaces and self._is_between(found))
         self.convert()
         assert tree(self.target) == self.expected

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_tool import api, commit, storage
+from ckpt_tool import api, storage
 from ckpt_tool.errors import CkptToolError, ExecutionError, UnreadableError
-from ckpt_tool.manifest import MANIFEST
+from ckpt_tool.manifest import JOURNAL, MANIFEST
 from ckpt_tool.storage import LocalReader
+from ckpt_tool.stores import local_area
 from ckpt_tool.system_errors import told
 from tests.conftest import Finished, checkpoint_of, child_env, config_of, copy_fixture, tree
 from tests.faults.forked import as_an_ordinary_user, forked, tool
@@ -125,11 +126,9 @@ def test_a_target_that_may_not_be_looked_into(overwrite: bool, tmp_path: Path) -
 def test_a_staging_directory_of_another_user(tmp_path: Path) -> None:
     staging = tmp_path / ".out.ckpt-tool-staging"
     staging.mkdir()
-    (staging / commit.JOURNAL).touch()
-    done = without_rights(
-        staging / commit.JOURNAL, "convert", MIXTRAL, tmp_path / "out", "--to", "universal"
-    )
-    is_one_sentence(done, codes={4}, says="Permission denied", file=staging / commit.JOURNAL)
+    (staging / JOURNAL).touch()
+    done = without_rights(staging / JOURNAL, "convert", MIXTRAL, tmp_path / "out", "--to", "universal")
+    is_one_sentence(done, codes={4}, says="Permission denied", file=staging / JOURNAL)
     done = without_rights(staging, "convert", MIXTRAL, tmp_path / "out", "--to", "universal")
     is_one_sentence(done, codes={2}, says="Permission denied", file=staging)
 
@@ -341,7 +340,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(commit.fcntl, "flock", flock)
+    monkeypatch.setattr(local_area.fcntl, "flock", flock)
     with pytest.raises(ExecutionError, match="choose a destination on another"):
         api.convert(MIXTRAL, tmp_path / "out", to="universal")
 
@@ -376,7 +375,7 @@ def signalled(number: int, where: str, *arguments: str | os.PathLike[str]) -> Fi
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         module, _, name = where.rpartition(".")
-        owner = {"writer": storage.LocalWriter, "commit": commit, "os": os}[module]
+        owner = {"writer": storage.LocalWriter, "area": local_area, "os": os}[module]
         original = getattr(owner, name)
 
         def interrupting(*args: object, **named: object) -> object:
@@ -416,7 +415,7 @@ def test_a_signal_after_publication_says_that_the_result_is_there(
         api.convert(checkpoint_of("dense_w3"), target, to="universal")
     options = ["--overwrite"] if overwrite else []
     arguments = ["convert", MIXTRAL, target, *CONVERT, *options]
-    done = signalled(number, "commit.tidy", *arguments)
+    done = signalled(number, "area.tidy", *arguments)
     assert done.rc == 128 + number
     assert f"ckpt-tool: {target} is complete\n" in done.stderr
     assert "nothing was published" not in done.stderr

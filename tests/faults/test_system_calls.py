@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from ckpt_tool import api, commit
+from ckpt_tool import api
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.manifest import JOURNAL
 from tests.conftest import ROOT, tree
 from tests.faults.injection import CODES, count, failing, system_calls
 
@@ -109,7 +110,7 @@ class Bench:
         assert told.exit_code in (2, 3, 4)
         assert len(str(told).splitlines()) == 1
         if "is complete" in str(told):
-            found.pop(commit.JOURNAL, None)
+            found.pop(JOURNAL, None)
             assert found == self.expected
         elif self._job.before:
             assert found == tree(self._prepared)

@@ -34,7 +34,7 @@ from ckpt_tool.errors import CoverageError, MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
 from ckpt_tool.geometry import Axis, check_disjoint, pieces, take
 from ckpt_tool.limits import first_missing
-from ckpt_tool.storage import FileState, Reader, read_each
+from ckpt_tool.storage import Reader, Token, read_each
 from ckpt_tool.wrappers import WRAPPERS, saved_names, unwrapped
 
 _RANK_FILE = re.compile(r"(?:.*/)?__(\d{1,6})_\d{1,6}\.distcp$")
@@ -418,7 +418,7 @@ class _Memory:
     def changed(self) -> str | None:
         return None
 
-    def states(self) -> dict[str, FileState]:
+    def states(self) -> Mapping[str, Token]:
         return {}
 
     def size(self, path: str) -> int:  # noqa: ARG002
