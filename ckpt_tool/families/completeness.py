@@ -1,16 +1,18 @@
 """Has a checkpoint all the tensors of its model, and no others? Each layer against its peers, and
-everything against what the family's model has (``expected``). Names are published ones."""
+everything against what the family's model has by its config (``expected``, ``by_config``). Names are
+published ones; the experts of a layer are ``experts.*.gate.weight`` and so on."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import ExpertName, Tensor, TensorName
 from ckpt_tool.errors import MismatchError
 from ckpt_tool.families import Family, stated, text_config
 from ckpt_tool.families.adapters import adapters_name
+from ckpt_tool.families.by_config import Given, check_presence, check_sizes
 from ckpt_tool.families.expected import Expected, Names, expected_of, release
 
 # Buffers that older releases saved, and what quantised models keep of their activations.
@@ -24,9 +26,23 @@ _PERIODIC = re.compile(r".*(?:interval|period|pattern|step|every|group_size|freq
 OTHER_HEADS = ("score.", "classifier.", "qa_outputs.")
 # What a single layer lacks or has, of its nature: zaya's first router has nothing before it to scale.
 _OF_ONE_LAYER = re.compile(r"mlp\.gate\.router_states_scale")
+# Fields of configs that do not say how many layers there are.
+_ONE_PER_LAYER = ("layers_block_type", "hybrid_override_pattern")
+# What layers have in common, with experts or without.
+_COMMON = re.compile(r"(?:\w*att(?:ention|n)\w*\.|input_layernorm|post_attention_layernorm)")
 _INCOMPLETE = "The checkpoint is not complete: save or copy it again."
 
 Layers = dict[int, dict[str, Tensor]]
+
+
+class _Model(NamedTuple):
+    """A model's tensors: the path of its list of layers, the layers, those that have routed experts, and
+    what stands beside them."""
+
+    root: str
+    layers: Layers
+    moe: set[int]
+    top: dict[str, Tensor]
 
 
 def check_tensors(
@@ -41,36 +57,84 @@ def check_tensors(
         aliases: further names of tied tensors, which are there.
 
     Raises:
-        MismatchError: a tensor is missing, or is none of the model's; the message names it.
+        MismatchError: a tensor is missing, is none of the model's, or has another shape; the message names
+            it.
     """
-    if not family.config["layers"] or adapters_name(values):  # an encoder and a decoder; a run's LoRA
-        return
     expected = expected_of(config)
+    model = _model(values, family, config, expected)
+    if model is None:
+        return
     text = text_config(config)
-    names = {name: tensor for name, tensor in values.items() if isinstance(name, str)}
-    moe = [name.layer_path for name in values if isinstance(name, ExpertName)]
-    moe = [
-        path
-        for path in dict.fromkeys(moe)
-        if not _MTP.match(path) and not path.startswith(family.apart or "\0")
-    ]
+    if expected is not None:
+        for number, held in sorted(model.layers.items()):
+            wanted = expected.layer(number in model.moe)
+            if wanted.known:
+                _check_layer(f"{model.root}.{number}", held, wanted, expected)
+        if expected.writes_text:
+            _check_top(model.top, expected, config, aliases)
+        elif model.root == expected.root:
+            _check_beside(model.top, expected)
+    _check_peers(model, text)
+    _check_both_kinds(model, text, expected)
+    if expected is not None:
+        _by_config(model, expected, config)
+
+
+def not_compared(
+    values: Mapping[TensorName, Tensor], family: Family, config: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """A note on what ``check_tensors`` cannot decide, if there is any: fields that the config lacks,
+    tensors that no rule is known for, a model that is not in the table."""
+    if adapters_name(values):
+        return ()
+    expected = expected_of(config)
+    model = _model(values, family, config, expected)
+    if expected is None or model is None:
+        why = "no table of its tensors" if expected is None else "no list of layers to compare"
+        return (
+            f"ckpt-tool has {why} for model_type {config.get('model_type')}: names and shapes were "
+            "compared between layers alone, and not with what its config.json asks for.",
+        )
+    try:
+        note = _by_config(model, expected, config).undecided.note(expected.architecture)
+    except MismatchError:
+        return ()  # which is told where it is checked
+    return () if note is None else (note,)
+
+
+def _model(
+    values: Mapping[TensorName, Tensor],
+    family: Family,
+    config: Mapping[str, Any],
+    expected: Expected | None,
+) -> _Model | None:
+    """The model's parts; None for an encoder and a decoder, a run's LoRA, layers under several paths."""
+    if not family.config["layers"] or adapters_name(values):
+        return None
+    paths = dict.fromkeys(name.layer_path for name in values if isinstance(name, ExpertName))
+    moe = [path for path in paths if not _MTP.match(path) and not path.startswith(family.apart or "\0")]
     parents = {path.rpartition(".")[0] for path in moe}
     root = parents.pop() if len(parents) == 1 else expected.root if expected and not moe else None
-    if root is None:
-        return
-    count = stated(text, family.config["layers"])
-    if count is None or type(count[1]) is not int:
-        return
-    layers, top = _sorted(names, root, count[1])
-    numbers = {int(path.rpartition(".")[2]) for path in moe}
-    if expected is not None:
-        for number, held in sorted(layers.items()):
-            wanted = expected.moe if number in numbers else expected.dense
-            if wanted.known:
-                _check_layer(f"{root}.{number}", held, wanted, expected)
-        if expected.writes_text:
-            _check_top(top, expected, config, aliases)
-    _check_peers(root, layers, numbers, text)
+    text = text_config(config)
+    found = stated(text, (*family.config["layers"], *_ONE_PER_LAYER))
+    count = found and (len(found[1]) if isinstance(found[1], list | str) else found[1])
+    if root is None or type(count) is not int:
+        return None
+    layers, top = _sorted({str(name): one for name, one in values.items()}, root, count)
+    return _Model(root, layers, {int(path.rpartition(".")[2]) for path in moe}, top)
+
+
+def _by_config(model: _Model, expected: Expected, config: Mapping[str, Any]) -> Given:
+    """Compare with the rules of the family; raises MismatchError."""
+    given = Given(expected, text_config(config))
+    for check in (check_presence, check_sizes):
+        for number, held in sorted(model.layers.items()):
+            check(f"{model.root}.{number}.", number, held, expected.layer(number in model.moe), given)
+        if expected.writes_text or model.root == expected.root:
+            bare = not model.root.startswith("model.") and expected.root.startswith("model.")
+            top = {**model.top, **{f"model.{name}": one for name, one in model.top.items() if bare}}
+            check("", None, top, expected.top, given)
+    return given
 
 
 def _sorted(names: Mapping[str, Tensor], root: str, count: int) -> tuple[Layers, dict[str, Tensor]]:
@@ -114,6 +178,12 @@ def _check_top(
     headless = bool(expected.tied if says is None else says) or not writes
     bare = any(name.endswith("Model") for name in classes)  # whose names are without the model's own
     have = {*top, *aliases, *(f"model.{name}" for name in top if bare)}
+    if says is None and expected.tied and writes and expected.head in top.keys() - aliases.keys():
+        raise MismatchError(
+            f"The checkpoint has {expected.head}, and {expected.architecture} ties its head to its "
+            "embedding unless config.json says otherwise, which it does not: loading would throw it away. "
+            "Write tie_word_embeddings false into config.json."
+        )
     missing = sorted(
         name
         for name in expected.top.required
@@ -136,6 +206,16 @@ def _check_top(
     )
     if extra:
         raise _not_the_models(extra[0], extra, expected)
+
+
+def _check_beside(top: Mapping[str, Tensor], expected: Expected) -> None:
+    """What stands beside the layers of a model without a head; a head may stand there, too."""
+    missing = sorted(expected.top.required - top.keys())
+    if missing:
+        raise MismatchError(
+            f"The checkpoint has no {missing[0]}{_more(missing)}, which {expected.architecture} has by "
+            f"this config.json. {_INCOMPLETE}"
+        )
 
 
 def is_passed_over(name: str, ignored: Iterable[re.Pattern[str]]) -> bool:
@@ -163,7 +243,8 @@ def _more(names: Sequence[str]) -> str:
 # ---- against each other
 
 
-def _check_peers(root: str, layers: Layers, moe: set[int], text: Mapping[str, Any]) -> None:
+def _check_peers(model: _Model, text: Mapping[str, Any]) -> None:
+    root, layers, moe, _ = model
     groups: dict[Any, list[int]] = {}
     kind_of = _kinds(text, len(layers))
     for number, held in sorted(layers.items()):
@@ -191,6 +272,30 @@ def _check_peers(root: str, layers: Layers, moe: set[int], text: Mapping[str, An
                     "the others, too."
                 )
             _check_shapes(root, name, {number: layers[number][name].shape for number in holders})
+
+
+def _check_both_kinds(model: _Model, text: Mapping[str, Any], expected: Expected | None) -> None:
+    """Attention and norms are alike in layers with experts and without, where no rule of the family says
+    what each has: a kind of layer that occurs once has no peers."""
+    kind_of = _kinds(text, len(model.layers))
+    groups: dict[Any, list[int]] = {}
+    for number, held in sorted(model.layers.items()):
+        modules = frozenset(name.partition(".")[0] for name in held if _COMMON.match(name))
+        groups.setdefault((modules, *kind_of(number)), []).append(number)
+    for numbers in groups.values():
+        for name in sorted({name for number in numbers for name in model.layers[number]}):
+            rules = [expected.layer(number in model.moe) for number in numbers] if expected else []
+            if not _COMMON.match(name) or any(
+                name in one.known and one.when.get(name, 0) is not None for one in rules
+            ):
+                continue
+            holders = [number for number in numbers if name in model.layers[number]]
+            lacking = [number for number in numbers if name not in model.layers[number]]
+            if lacking:
+                raise MismatchError(
+                    f"The checkpoint has {model.root}.{holders[0]}.{name}, and layer {lacking[0]} has "
+                    f"none, whose attention is of the same kind. {_INCOMPLETE}"
+                )
 
 
 def _check_shapes(root: str, name: str, shapes: Mapping[int, tuple[int, ...]]) -> None:

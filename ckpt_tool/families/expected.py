@@ -1,8 +1,9 @@
 """Which tensors a family's model has besides its experts: asked of transformers once, and kept in a file.
 
 ``tensors.json`` is made by ``tests/engine/model_tables.py`` of the release it names: every family's model
-with its config's fields varied. What all variants have is *required*, what some have is *known*; anything
-else is no tensor of that model. Families whose names transformers changes by no rule are not in it.
+with its config's fields varied. What all variants have is *required*, what some have is *known*, with
+a rule for when (``conditions``); anything else is no tensor of that model. Families whose names
+transformers changes by no rule are not in it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ from ckpt_tool.families import text_config
 
 
 class Names(NamedTuple):
-    """Names of tensors: of a layer without its path, of others whole. ``known`` has the required, too."""
+    """Names of tensors: of a layer without its path, of others whole. ``known`` has the required, too.
+
+    ``when`` has the rule of each that is known and not required, ``size`` the rules of each axis; None
+    where no rule is known.
+    """
 
     required: frozenset[str]
     known: frozenset[str]
+    when: Mapping[str, Any]
+    size: Mapping[str, list[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +38,8 @@ class Expected:
 
     ``architecture`` is transformers' class, ``root`` the path of its list of layers, ``tied`` whether it
     ties its head to its embedding where a config does not say, ``ignored`` what it passes over as it loads.
-    ``towers`` are the beginnings of names of a composite model's other parts.
+    ``towers`` are the beginnings of names of a composite model's other parts. ``defaults`` are of fields
+    that a config may lack, ``aliases`` their other names.
     """
 
     architecture: str
@@ -42,6 +50,12 @@ class Expected:
     top: Names
     moe: Names
     dense: Names
+    defaults: Mapping[str, Any]
+    aliases: Mapping[str, list[str]]
+
+    def layer(self, moe: bool) -> Names:
+        """What a layer has, with routed experts or without."""
+        return self.moe if moe else self.dense
 
     @property
     def writes_text(self) -> bool:
@@ -103,7 +117,10 @@ def _table() -> Mapping[str, Expected]:
 def _expected(table: Mapping[str, Any]) -> Expected:
     kinds = {
         kind: Names(
-            frozenset(table[kind]["required"]), frozenset(table[kind]["required"] + table[kind]["known"])
+            frozenset(table[kind]["required"]),
+            frozenset(table[kind]["required"] + table[kind]["known"]),
+            table[kind]["when"],
+            table[kind]["size"],
         )
         for kind in ("top", "moe", "dense")
     }
@@ -113,5 +130,7 @@ def _expected(table: Mapping[str, Any]) -> Expected:
         tied=table["tied"],
         ignored=tuple(map(re.compile, table["ignored"])),
         towers=tuple(table["towers"]),
+        defaults=table["defaults"],
+        aliases=table["aliases"],
         **kinds,
     )

@@ -133,7 +133,7 @@ def _sizes(tensor: Tensor, stored: Stored, experts: int | None) -> dict[str, int
     for dim, size in zip(stored.dims, tensor.shape, strict=False):
         unknown = [letter for letter in dim if letter not in sizes]
         known = math.prod(sizes[letter] for letter in dim if letter in sizes)
-        if len(unknown) > 1 or size % known or (not unknown and size != known):
+        if len(unknown) > 1 or known < 1 or size % known or (not unknown and size != known):
             fits = False
             break
         if unknown:

@@ -17,7 +17,7 @@ from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.families import Family, family_of, stated, text_config
 from ckpt_tool.families.adapters import adapters_name, refuse_adapters
 from ckpt_tool.families.agreement import check_config, promised_mtp_layers
-from ckpt_tool.families.completeness import OTHER_HEADS
+from ckpt_tool.families.completeness import OTHER_HEADS, not_compared
 from ckpt_tool.families.expected import Expected, composites_of, expected_of, text_of
 from ckpt_tool.families.naming import to_hub
 from ckpt_tool.layout import LeftOut, left_out
@@ -117,7 +117,8 @@ def _with_promises(
     """The catalogue with notes on what a config promises and the checkpoint does not have, which no class
     needs to load the rest."""
     names = {str(getattr(tensor.name, "layer_path", tensor.name)) for tensor in published.tensors}
-    notes = []
+    values = {tensor.name: tensor for tensor in published.values()}
+    notes = list(not_compared(values, family, config))
     text = text_config(config)
     layers = promised_mtp_layers(text)
     count = stated(text, family.config["layers"])
