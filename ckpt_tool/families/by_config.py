@@ -11,7 +11,7 @@ from ckpt_tool.errors import MismatchError
 from ckpt_tool.families.conditions import Fields, UnknownFieldError, chosen, questions, size
 from ckpt_tool.families.expected import Expected, Names, release
 
-_SHOWN = 8
+_SHOWN = 30
 
 
 @dataclass(slots=True)

@@ -341,8 +341,12 @@ def _kinds(text: Mapping[str, Any], count: int) -> Any:
         if type(value) is int and 1 < value <= count and _PERIODIC.fullmatch(key)
     ]
 
+    # gemma4's last layers use the keys and values of others
+    sharing = [value for key, value in fields if key == "num_kv_shared_layers" and type(value) is int]
+
     def kind(number: int) -> tuple[Any, ...]:
         return (
+            *(number >= count - value for value in sharing),
             *(repr(value[number]) for value in lists),
             *(number in value for value in numbered),
             *(number + 1 in value for value in numbered),  # kimi_linear counts from 1

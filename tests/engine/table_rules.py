@@ -118,6 +118,8 @@ def fitted(points: Sequence[Point], fields: Sequence[str], questions: Sequence[l
     raise NoRuleError
 
 
+# The numbers that models multiply fields by. Any other is a field that could not be varied, in disguise.
+_FACTORS = {1.0, 2.0, 3.0}
 # How many of the terms, which begin with the simplest, are tried in sums of so many.
 _TRIED = {1: 400, 2: 50, 3: 16}
 
@@ -187,8 +189,10 @@ def _solved(terms: Sequence[tuple[str, Column]], target: Column) -> str | None:
         if rank < len(names):
             return None
     whole = np.rint(weights)
+    if not set(whole) <= _FACTORS:
+        return None
     total = sum(weight * column for weight, (_, column) in zip(whole, terms, strict=True))
-    if not whole.all() or not np.array_equal(total, target):
+    if not np.array_equal(total, target):
         return None
     parts = [
         " ".join(filter(None, ("" if weight == 1 and name else str(int(weight)), name)))

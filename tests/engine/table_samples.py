@@ -62,6 +62,7 @@ class Samples:
         self.values: dict[str, list[Any]] = {}
         self._random = random.Random(name)
         self._of_presence: list[tuple[str, Any]] = []
+        options = under_own_names(name, options)
         self.start = self._long(options)
         starts = [self.start, *self._more(options)]
         self._compared(starts[0], starts)
@@ -168,6 +169,15 @@ def nested(text: Mapping[str, Any], field: str, value: Any) -> dict[str, Any]:
         return {first: value}
     inner = text.get(first)
     return {first: {**(inner if isinstance(inner, Mapping) else {}), rest: value}}
+
+
+def under_own_names(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options without other names of fields, which would win over a field that is changed."""
+    text = text_of_options(name, options)
+    names = AutoConfig.for_model(name, **options).get_text_config(decoder=True).attribute_map or {}
+    own = {names[key]: value for key, value in text.items() if key in names}
+    own |= {key: value for key, value in text.items() if key not in names}
+    return {**options, "text_config": own} if text is not options else own
 
 
 def text_of_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
