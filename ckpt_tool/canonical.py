@@ -146,10 +146,13 @@ Regions = Iterable[Region | Box]
 @dataclass(frozen=True, slots=True)
 class Encoding:
     """How files hold a tensor whose values are computed as they are read: the quantisation ``scheme``
-    and the ``stored`` tensors under their names in the files. Regions of the tensor name its values."""
+    and the ``stored`` tensors under their names in the files. Regions of the tensor name its values.
+
+    Without ``stored`` the values cannot be read; ``reason``, a sentence, says why where that is known."""
 
     scheme: str
     stored: tuple[Tensor, ...]
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from ckpt_tool.canonical import (
     TensorName,
     same,
 )
-from ckpt_tool.containers.decoded import real_file
+from ckpt_tool.containers.decoding.virtual import real_file
 from ckpt_tool.errors import UsageError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.meter import Meter

@@ -13,7 +13,7 @@ from ckpt_tool.belongings import owned
 from ckpt_tool.canonical import Checkpoint, DType
 from ckpt_tool.commit import Staging
 from ckpt_tool.comparison import Verdict, compare
-from ckpt_tool.containers.decoded import files_behind
+from ckpt_tool.containers.decoding.virtual import files_behind
 from ckpt_tool.errors import CkptToolError, DamagedError, ExecutionError, UsageError
 from ckpt_tool.execute.base import Executor
 from ckpt_tool.execute.budget import MIB, Budget

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.canonical import Box, Checkpoint, ExpertName, Region, Role, Tensor
-from ckpt_tool.containers.decoded import real_file
+from ckpt_tool.containers.decoding.virtual import real_file
 from ckpt_tool.families import is_expert
 from ckpt_tool.formats.deepspeed.facts.names import AUTOEP_OF, expert_parameter
 from ckpt_tool.geometry import pieces
@@ -91,6 +91,7 @@ def tensor_rows(checkpoint: Checkpoint, pattern: str) -> list[dict[str, Any]]:
                 "dtype": str(tensor.dtype),
                 "bytes": tensor.nbytes,
                 "files": files,
+                "scheme": tensor.encoding.scheme if tensor.encoding else None,
             }
         )
     return rows

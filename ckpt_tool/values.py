@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ckpt_tool.canonical import Box, Checkpoint, ExpertName, Region, Tensor
-from ckpt_tool.containers.decoded import DecodingReader, real_file
+from ckpt_tool.containers.decoding.reader import DecodingReader
+from ckpt_tool.containers.decoding.virtual import real_file
 from ckpt_tool.errors import CkptToolError, MismatchError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.casts import cast

@@ -338,14 +338,14 @@ MUTANTS = (
     # ---- casts
     Mutant(
         "bf16 is truncated",
-        "ckpt_tool/execute/casts.py",
+        "ckpt_tool/rounding.py",
         "        np.add(rounded, 0x7FFF, out=rounded)\n",
         "        np.copyto(rounded, block)\n",
         ("tests/execute/test_casts.py::test_every_upper_half_of_a_float32_is_rounded_as_torch_rounds_it",),
     ),
     Mutant(
         "ties are rounded up",
-        "ckpt_tool/execute/casts.py",
+        "ckpt_tool/rounding.py",
         "        np.bitwise_and(rounded, 1, out=rounded)\n",
         "        np.copyto(rounded, 1)\n",
         ("tests/execute/test_casts.py::test_every_upper_half_of_a_float32_is_rounded_as_torch_rounds_it",),

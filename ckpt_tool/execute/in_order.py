@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from isal import isal_zlib
 
-from ckpt_tool.containers.decoded import DecodingReader
+from ckpt_tool.containers.decoding.reader import DecodingReader
 from ckpt_tool.errors import ExecutionError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.meter import Meter

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from ckpt_tool.containers.decoded import DecodingReader
+from ckpt_tool.containers.decoding.reader import DecodingReader
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.in_order import write_in_order
 from ckpt_tool.execute.meter import Meter

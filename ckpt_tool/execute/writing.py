@@ -15,7 +15,7 @@ import xxhash
 from isal import isal_zlib
 
 from ckpt_tool.canonical import Box, DType
-from ckpt_tool.containers.decoded import DecodingReader
+from ckpt_tool.containers.decoding.reader import DecodingReader
 from ckpt_tool.errors import CoverageError, ExecutionError
 from ckpt_tool.execute.budget import MIB, Budget
 from ckpt_tool.execute.casts import cast, refuse_overflow

@@ -8,7 +8,7 @@ from typing import Any
 
 from ckpt_tool import __version__
 from ckpt_tool.canonical import MASTER, WEIGHT, Checkpoint, ExpertName, MoELayer, Tensor, TensorName
-from ckpt_tool.containers.decoded import real_file
+from ckpt_tool.containers.decoding.virtual import real_file
 from ckpt_tool.diagnosis import Diagnosis
 from ckpt_tool.diagnosis.shown import as_json
 from ckpt_tool.geometry import pieces

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ckpt_tool.canonical import Tensor, TensorName
-from ckpt_tool.containers.decoded import DecodingReader
+from ckpt_tool.containers.decoding.reader import DecodingReader
 from ckpt_tool.errors import UnreadableError
 from ckpt_tool.execute.budget import MIB, Budget
 from ckpt_tool.execute.meter import Meter

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ckpt_tool.canonical import Checkpoint, DType, ExpertName, Tensor
-from ckpt_tool.containers.decoded import DecodingReader
+from ckpt_tool.containers.decoding.reader import DecodingReader
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.gather import gather
 from ckpt_tool.execute.local import execute

@@ -249,7 +249,7 @@ def test_integer_weights_are_refused_under_either_key(described: bool, tmp_path:
     stored = {n: t.to(torch.int8) if ".experts." in n else t for n, t in deepseek().items()}
     more = {"compression_config": {"quant_method": "compressed-tensors"}} if described else {}
     path = write(tmp_path / "hub", CONFIG | more, stored)
-    with pytest.raises(UsageError, match="compressed-tensors" if described else "int8"):
+    with pytest.raises(UnreadableError, match="compressed-tensors" if described else "int8"):
         plan_for(path)
 
 

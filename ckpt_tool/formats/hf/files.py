@@ -13,7 +13,7 @@ from ckpt_tool.errors import UnreadableError, UsageError
 from ckpt_tool.families import Family, adapters, family_of, text_config
 from ckpt_tool.families.agreement import embedding_name, head_name, ties_embeddings
 from ckpt_tool.families.naming import HUB, from_hub, moe_layer
-from ckpt_tool.formats.hf.quantised import decoded, files_of_values, scheme_of
+from ckpt_tool.formats.hf.quantised import decoded, files_of_values, note_of_scheme, with_description
 from ckpt_tool.json_file import read_object
 from ckpt_tool.storage import Reader
 from ckpt_tool.wrappers import note_of, without_wrappers
@@ -30,18 +30,16 @@ def looks_like(reader: Reader) -> bool:
 
 def read(reader: Reader, format_name: str) -> Checkpoint:
     """The catalogue under published names, from headers and JSON alone."""
-    config = _config(reader)
+    config = with_description(_config(reader), reader)
     held, sources = _tensors(reader)
     stored, changed = without_wrappers(held, reader.root)
     stored = {name: replace(tensor, name=name) for name, tensor in stored.items()} if changed else stored
     family, notes = _family(config)
     notes += note_of(changed)
-    values = decoded(stored, config)
+    values = decoded(stored, config, reader)
     found = from_hub(values, family, config)
     found, aliases = _tied(config, found)
-    scheme = scheme_of(config)
-    if scheme is not None and len(values) != len(stored):
-        notes += (f"Quantised as {scheme}: {len(stored) - len(values)} scales belong to weights.",)
+    notes += note_of_scheme(config, values.values())
     return Checkpoint(
         format=format_name,
         root=reader.root,
