@@ -333,7 +333,7 @@ def test_tensors_with_and_without_a_pattern(run: Runner, arguments: list[str], e
     found = json.loads(run("inspect", MIXTRAL, *arguments, "--json").stdout)["tensors"]
     assert len(found) == expected
     if expected:
-        assert set(found[0]) == {"name", "state", "role", "shape", "dtype", "bytes", "files"}
+        assert set(found[0]) == {"name", "state", "role", "shape", "dtype", "bytes", "files", "scheme"}
 
 
 def test_tensors_in_front_of_another_option(run: Runner) -> None:
