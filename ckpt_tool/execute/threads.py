@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -27,7 +29,11 @@ def in_parallel(
     stop = stop or threading.Event()
     failures: list[BaseException] = []
     # Not Thread.join: interrupted, it takes a running thread for stopped (bpo-45274, Python < 3.13).
-    ended = [threading.Event() for _ in range(threads)]
+    # Not Event.wait: interrupted as it takes its lock again, it ends in "release unlocked lock".
+    ended = [False] * threads
+    wake = [_thread.allocate_lock() for _ in range(threads)]
+    for one_ended in wake:
+        one_ended.acquire()
     # Taken by a thread that begins, or here where an interrupt may have come before its start.
     claims = [threading.Lock() for _ in range(threads)]
 
@@ -46,7 +52,12 @@ def in_parallel(
             failures.append(error)
             stop.set()
         finally:
-            ended[number].set()
+            end(number)
+
+    def end(number: int) -> None:
+        ended[number] = True
+        with suppress(RuntimeError):  # released before
+            wake[number].release()
 
     started = 0
     interrupt: BaseException | None = None
@@ -55,15 +66,17 @@ def in_parallel(
             while started < threads and interrupt is None:
                 started += 1
                 threading.Thread(target=run, args=(started - 1,), daemon=True).start()
-            for event in ended[:started]:
-                while not event.wait(0.1):  # with a timeout, so that Ctrl-C is noticed
-                    pass
+            for number in range(started):
+                while not ended[number]:
+                    wake[number].acquire(timeout=0.1)  # so that Ctrl-C is noticed
             break
         except BaseException as error:  # an interrupt, or a thread that could not be started
-            interrupt = interrupt or error
+            # Thread.start, interrupted as it takes its lock again, ends in "release unlocked lock".
+            cause = error.__context__
+            interrupt = interrupt or (cause if isinstance(cause, KeyboardInterrupt) else error)
             stop.set()
             if started and claims[started - 1].acquire(blocking=False):
-                ended[started - 1].set()
+                end(started - 1)
     if interrupt is not None:
         raise interrupt
     if failures:

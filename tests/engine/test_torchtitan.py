@@ -66,6 +66,7 @@ def config_of(spec: TitanSpec) -> dict[str, Any]:
         "first_k_dense_replace": 1,
         "num_nextn_predict_layers": spec.mtp,
         "tie_word_embeddings": False,
+        "q_lora_rank": spec.q_lora_rank or None,
         **common,
     }
 

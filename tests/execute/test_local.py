@@ -574,6 +574,24 @@ def test_falsy_items_are_items() -> None:
     assert done == [0, "", (), False]
 
 
+def test_an_interrupt_that_a_lock_of_the_library_turns_into_an_error_is_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As threading.Condition.wait ends that is interrupted while it takes its lock again."""
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        try:
+            raise KeyboardInterrupt
+        finally:
+            threading.Lock().release()  # "release unlocked lock"
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        in_parallel(iter(range(10**9)), lambda: None, lambda worker, item: None, 2)
+
+
 @pytest.mark.parametrize("begun", [True, False], ids=["after a thread began", "before a thread began"])
 def test_an_interrupt_while_threads_are_started_ends_all(
     monkeypatch: pytest.MonkeyPatch, begun: bool
