@@ -19,7 +19,8 @@ from ckpt_tool.families.expected import Expected, Names, expected_of, release
 _PASSED_OVER = re.compile(
     r"(?:.*\.)?(?:rotary_emb\.inv_freq|masked_bias|_extra_state|[kv]_scale|(?:in|out)put_scale)"
 )
-_MTP = re.compile(r"(?:.*\.)?mtp(?:_\w+)?\..*")
+# ``mtp``, ``mtp_layers``, ``model.mtp``: layers for multi-token prediction, and what stands below them.
+MTP_PATH = re.compile(r"(?:.*\.)?mtp(?:_\w+)?(?:\..*)?")
 # Fields that say at which distance kinds of layers come again.
 _PERIODIC = re.compile(r".*(?:interval|period|pattern|step|every|group_size|freq)\w*")
 # The heads of classes for other tasks than writing text.
@@ -112,7 +113,9 @@ def _model(
     if not family.config["layers"] or adapters_name(values):
         return None
     paths = dict.fromkeys(name.layer_path for name in values if isinstance(name, ExpertName))
-    moe = [path for path in paths if not _MTP.match(path) and not path.startswith(family.apart or "\0")]
+    moe = [
+        path for path in paths if not MTP_PATH.fullmatch(path) and not path.startswith(family.apart or "\0")
+    ]
     parents = {path.rpartition(".")[0] for path in moe}
     root = parents.pop() if len(parents) == 1 else expected.root if expected and not moe else None
     text = text_config(config)
@@ -223,7 +226,7 @@ def is_passed_over(name: str, ignored: Iterable[re.Pattern[str]]) -> bool:
     layers for multi-token prediction, buffers that older releases saved."""
     return bool(
         _PASSED_OVER.fullmatch(name)
-        or _MTP.fullmatch(name)
+        or MTP_PATH.fullmatch(name)
         or any(pattern.search(name) for pattern in ignored)
     )
 

@@ -18,6 +18,10 @@ from typing import Any, NamedTuple
 
 from ckpt_tool.families import text_config
 
+# Models that transformers has no class for, and the one that runs them: the names and shapes are its own.
+# Kimi-K2's config.json names DeepseekV3ForCausalLM under ``architectures``.
+RUN_AS: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
+
 
 class Names(NamedTuple):
     """Names of tensors: of a layer without its path, of others whole. ``known`` has the required, too.
@@ -75,6 +79,7 @@ class Expected:
 def expected_of(config: Mapping[str, Any]) -> Expected | None:
     """What a ``config.json`` describes; None where the table does not have it."""
     own, text = config.get("model_type"), text_config(config).get("model_type")
+    own = RUN_AS.get(own, own) if isinstance(own, str) else own
     known = _table()
     return next(
         (known[key] for key in (f"{own}/{text}", own) if isinstance(key, str) and key in known), None

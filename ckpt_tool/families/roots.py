@@ -17,13 +17,12 @@ from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
 from ckpt_tool.families import Family, family_of, stated, text_config
 from ckpt_tool.families.adapters import adapters_name, refuse_adapters
 from ckpt_tool.families.agreement import check_config, promised_mtp_layers
-from ckpt_tool.families.completeness import OTHER_HEADS, not_compared
+from ckpt_tool.families.completeness import MTP_PATH, OTHER_HEADS, not_compared
 from ckpt_tool.families.expected import Expected, composites_of, expected_of, text_of
 from ckpt_tool.families.naming import to_hub
 from ckpt_tool.layout import LeftOut, left_out
 from ckpt_tool.wrappers import renamed
 
-_MTP = re.compile(r"(?:.*\.)?mtp(?:_\w+)?(?:\..*)?")
 # What a composite's config says for its text model, too.
 _SHARED = ("tie_word_embeddings", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -125,7 +124,7 @@ def _with_promises(
     numbers = (re.search(r"layers\.(\d+)(?:\.|$)", name) for name in names)
     last = max((int(match[1]) for match in numbers if match), default=-1)
     beyond = count is not None and type(count[1]) is int and last >= count[1]
-    if layers and not beyond and not any(_MTP.fullmatch(name) for name in names):
+    if layers and not beyond and not any(MTP_PATH.fullmatch(name) for name in names):
         notes.append(
             f"config.json promises {layers} layers for multi-token prediction, and the checkpoint has "
             "none: transformers does without, and decoding that speculates with them will not work."
@@ -163,7 +162,7 @@ def _root(published: Checkpoint, expected: Expected) -> str | None:
         paths = [match[1] for match in found if match and not match[1].startswith(expected.towers or "\0")]
     counts: dict[str, int] = {}
     for path in paths:
-        if not _MTP.fullmatch(path):
+        if not MTP_PATH.fullmatch(path):
             parent = path.rpartition(".")[0]
             counts[parent] = counts.get(parent, 0) + 1
     return max(counts, key=lambda parent: counts[parent], default=None)

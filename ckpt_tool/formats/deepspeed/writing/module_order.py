@@ -17,6 +17,7 @@ from ckpt_tool.canonical import Checkpoint, ExpertName, Role, TensorName
 from ckpt_tool.errors import MismatchError
 from ckpt_tool.families import Family, family_of
 from ckpt_tool.families.autoep import name_in_run
+from ckpt_tool.families.expected import RUN_AS
 from ckpt_tool.families.forms import compiled
 from ckpt_tool.formats.deepspeed.writing.module_tree import state_dict_names
 from ckpt_tool.formats.deepspeed.writing.new_groups import new_groups
@@ -76,8 +77,18 @@ def with_module_order(
         checkpoint,
         module_names=tuple(names),
         training=replace(checkpoint.training, param_groups=groups),
-        notes=(*checkpoint.notes, _NOTE),
+        notes=(*checkpoint.notes, _NOTE, *_run_as(config)),
     )
+
+
+def _run_as(config: Mapping[str, Any]) -> Iterable[str]:
+    model = config.get("model_type")
+    other = RUN_AS.get(model) if isinstance(model, str) else None
+    if other is not None:
+        yield (
+            f"transformers has no class for {model}; {other} runs it. Load the model with model_type "
+            f'"{other}" in its config.json.'
+        )
 
 
 def _router_aliases(checkpoint: Checkpoint) -> dict[str, str]:

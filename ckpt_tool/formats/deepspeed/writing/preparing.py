@@ -11,6 +11,7 @@ from ckpt_tool.errors import UsageError
 from ckpt_tool.families import family_of
 from ckpt_tool.families.agreement import check_config
 from ckpt_tool.families.autoep import refuse_composite, to_autoep
+from ckpt_tool.families.mtp import has_mtp, without_mtp
 from ckpt_tool.families.naming import to_hub
 from ckpt_tool.formats.base import Prepared, Request
 from ckpt_tool.formats.deepspeed.facts.run_config import read_ds_config
@@ -37,6 +38,7 @@ def prepare_zero(request: Request) -> Prepared[ZeroOptions]:
     source = _described(request, weights_only=values["weights_only"])
     given = values["ds_config"]
     run_config = read_ds_config(Path(given), request.to) if given is not None else None
+    source = _as_trained(source, like)
     checkpoint = _under_module_names(source.checkpoint, source.config, like)
     if like is None and not checkpoint.module_names:
         checkpoint = with_module_order(checkpoint, source.config or {}, run_config or {}, values["ep"] or 1)
@@ -86,3 +88,15 @@ def _under_module_names(
     check_config(published, family, config)
     refuse_composite(published, config)
     return to_autoep(published, family)
+
+
+def _as_trained(source: Described, like: Checkpoint | None) -> Described:
+    """A published model without the layers that the run's model does not have; a template may have them."""
+    checkpoint, config = source.checkpoint, source.config
+    if _is_own(checkpoint) or config is None or (like is not None and like.dialect == checkpoint.dialect):
+        return source
+    family = family_of(config)
+    if like is not None and has_mtp(like, family, config):
+        return source
+    checkpoint, gone = without_mtp(to_hub(checkpoint, family, config), family, config)
+    return Described(checkpoint, config, (*source.left_out, *gone)) if gone else source
