@@ -133,10 +133,11 @@ def convert(
     weights_only: bool = False,
     config: PathLike | None = None,
     ds_config: PathLike | None = None,
-    max_shard_bytes: int | None = None,
+    max_shard_bytes: int | str | None = None,
     keep_groups: bool = False,
     verify: bool = False,
     dry_run: bool = False,
+    max_memory: int | str | None = None,
     how: Execution | None = None,
     **more: Any,
 ) -> Result:
@@ -152,23 +153,27 @@ def convert(
         weights_only: leave optimizer state out.
         config: a model's ``config.json``, or a directory with one.
         ds_config: a DeepSpeed config (JSON) that supplies what the source does not say.
-        max_shard_bytes: largest safetensors file; None: 5 GB.
+        max_shard_bytes: largest safetensors file, a number or text like "2GB"; None: 5 GB.
         keep_groups: write the source's optimizer group settings into a Universal checkpoint.
         verify: check the source's own checksums first, and compare the result with it, bit for bit, before
             it is published.
         dry_run: plan and check everything, write nothing.
+        max_memory: bytes all buffers may hold together, a number or text like "512MiB"; in place of that
+            of ``how``.
+        how: threads, durability, progress: see ``Execution``.
         more: options of formats that are not part of the package (``formats.known.register``).
 
     Raises:
         CkptToolError: see the message; nothing is left under the target's name.
     """
-    how = how or Execution()
+    how = _how(how, max_memory)
     given = {
         "ep": ep, "world": world, "like": like, "style": style, "hf_layout": hf_layout,
         "weights_only": weights_only, "ds_config": ds_config, "keep_groups": keep_groups,
         "max_shard_bytes": max_shard_bytes, **more,
     }  # fmt: skip
     _refuse_unknown(more)
+    given |= {option.name: option.checked(given.get(option.name)) for option in all_options()}
     known = None if to is None else _target(to)
     if known is not None:
         _refuse_useless(known, given)
@@ -236,6 +241,7 @@ def reshard(
     weights_only: bool = False,
     verify: bool = False,
     dry_run: bool = False,
+    max_memory: int | str | None = None,
     how: Execution | None = None,
 ) -> Result:
     """Write the checkpoint at ``source`` in its own format at another EP size or number of ranks.
@@ -253,6 +259,7 @@ def reshard(
         weights_only=weights_only,
         verify=verify,
         dry_run=dry_run,
+        max_memory=max_memory,
         how=how,
     )
 
@@ -264,9 +271,10 @@ def consolidate(
     dtype: str | None = "fp32",
     hf_layout: str | None = None,
     config: PathLike | None = None,
-    max_shard_bytes: int | None = None,
+    max_shard_bytes: int | str | None = None,
     verify: bool = False,
     dry_run: bool = False,
+    max_memory: int | str | None = None,
     how: Execution | None = None,
 ) -> Result:
     """Write Hugging Face safetensors ready for ``from_pretrained``: fp32 from the masters by default."""
@@ -280,8 +288,14 @@ def consolidate(
         max_shard_bytes=max_shard_bytes,
         verify=verify,
         dry_run=dry_run,
+        max_memory=max_memory,
         how=how,
     )
+
+
+def _how(how: Execution | None, max_memory: int | str | None) -> Execution:
+    how = how or Execution()
+    return how if max_memory is None else replace(how, max_memory=max_memory)
 
 
 def _target(to: str) -> Target:
@@ -317,22 +331,22 @@ def _refuse_useless(target: Target, given: Mapping[str, Any]) -> None:
     )
     if useless:
         raise UsageError(f"{', '.join(useless)}: --to {target.to} has no use for it. Leave it out.")
-    for option in target.options:
-        value = given.get(option.name)
-        if option.choices and value is not None:
-            refuse_unknown(option.flag, value, option.choices)
 
 
 @told()
 def find_copied_experts(
-    source: PathLike, *, config: PathLike | None = None, how: Execution | None = None
+    source: PathLike,
+    *,
+    config: PathLike | None = None,
+    max_memory: int | str | None = None,
+    how: Execution | None = None,
 ) -> list[Copies]:
     """Experts of a layer that are bit for bit equal: the mark of ranks that overwrote each other's.
 
     Raises:
         UsageError: no experts are recognised, so nothing could be checked.
     """
-    how = how or Execution()
+    how = _how(how, max_memory)
     reader, checkpoint = open_checkpoint(source)
     try:
         checkpoint = _with_experts(checkpoint, source, config)
@@ -353,6 +367,7 @@ def page(
     *,
     stats: bool = False,
     config: PathLike | None = None,
+    max_memory: int | str | None = None,
     how: Execution | None = None,
 ) -> None:
     """Write a self-contained HTML page about a checkpoint: topology, a map of experts, bytes, tensors.
@@ -365,7 +380,7 @@ def page(
     Raises:
         UsageError: ``target`` exists and is no page.
     """
-    how = how or Execution()
+    how = _how(how, max_memory)
     path, file = open_location(source), Path(target)
     refuse_other_files(file)
     found, _ = find_config(path, config)
@@ -381,7 +396,13 @@ def page(
 
 
 @told()
-def doctor(source: PathLike, *, config: PathLike | None = None, how: Execution | None = None) -> Diagnosis:
+def doctor(
+    source: PathLike,
+    *,
+    config: PathLike | None = None,
+    max_memory: int | str | None = None,
+    how: Execution | None = None,
+) -> Diagnosis:
     """What is wrong with a checkpoint: its files, its metadata, and every value, which are read once.
 
     Args:
@@ -390,7 +411,7 @@ def doctor(source: PathLike, *, config: PathLike | None = None, how: Execution |
     Raises:
         UnreadableError: it is no checkpoint that is read here, and nothing more can be said.
     """
-    how = how or Execution()
+    how = _how(how, max_memory)
     path = local_path(source, "doctor")
     tags = tag_file(path)
     if any(finding.severity is Severity.ERROR for finding in tags):
@@ -420,10 +441,11 @@ def verify(
     b: PathLike | None = None,
     *,
     config: PathLike | None = None,
+    max_memory: int | str | None = None,
     how: Execution | None = None,
 ) -> Verdict:
     """One checkpoint: coverage, manifest and archive checksums. Two: equal bit for bit, canonically."""
-    how = how or Execution()
+    how = _how(how, max_memory)
     budget = how.budget()
     if b is None:
         return _verify_one(open_location(a), budget, how)

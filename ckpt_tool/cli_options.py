@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 import typer
 
 from ckpt_tool.formats.options import DTYPES, Option, Size
+from ckpt_tool.sizes import parse_size, size_text
 
 if TYPE_CHECKING:
     from ckpt_tool.api import Execution
@@ -38,7 +38,7 @@ MaxMemory = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", metavar="N", min=1, help="Threads. Default: two per core, at most 8."),
+    typer.Option("--workers", metavar="N", help="Threads. Default: two per core, at most 8."),
 ]
 Config = Annotated[
     str | None,
@@ -150,7 +150,8 @@ def _given(declared: Iterable[Option], values: dict[str, Any]) -> Given:
     found = Given()
     for option in declared:
         value = values.pop(option.name)
-        found[option.name] = parse_size(value) if option.kind is Size else value
+        is_size = option.kind is Size and value is not None
+        found[option.name] = parse_size(value) if is_size else value
     return found
 
 
@@ -167,12 +168,13 @@ def _members(kind: type[Reading | Writing]) -> list[inspect.Parameter]:
 def _parameter(option: Option) -> inspect.Parameter:
     """A declared option as typer reads it."""
     kind: Any = str if option.kind in (Size, Path) else option.kind  # a path may be a URL
-    default = size_text(option.default) if option.kind is Size else option.default
+    # A size that is the default's is still one that was given, which another format's target refuses.
+    default = None if option.kind is Size else option.default
+    shown = f" Default: {size_text(option.default)}." if option.kind is Size and option.default else ""
     about = typer.Option(
         *option.flags,
-        help=option.help + (f" One of {', '.join(option.choices)}." if option.choices else ""),
+        help=option.help + (f" One of {', '.join(option.choices)}." if option.choices else "") + shown,
         metavar=option.metavar or _METAVARS.get(option.kind),
-        min=option.minimum,
         autocompletion=completing(option.choices) if option.choices else None,
     )
     if default is None:
@@ -193,29 +195,3 @@ def completing(choices: Iterable[str]) -> Callable[[str], list[str]]:
         return [choice for choice in known if choice.startswith(incomplete)]
 
     return complete
-
-
-_LARGEST_SIZE = 1 << 62  # bytes; no file, and no memory, is larger
-
-
-def parse_size(text: str) -> int:
-    """``1GiB``, ``512MiB``, ``5GB``, ``1000000`` -> bytes."""
-    from ckpt_tool.errors import UsageError
-
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if match is not None:
-        base = 1024 if match[3] else 1000
-        size = float(match[1]) * base ** " kmgt".index(match[2].lower() or " ")
-        if size < _LARGEST_SIZE:
-            return int(size)
-    raise UsageError(f"{text!r} is not a size. Write it like 512MiB, 2GB or 1000000.")
-
-
-def size_text(nbytes: int | None) -> str | None:
-    """5000000000 -> ``5GB``: the shortest text that ``parse_size`` reads as this number."""
-    if nbytes is None:
-        return None
-    for power in (4, 3, 2, 1):
-        if nbytes and nbytes % 1000**power == 0:
-            return f"{nbytes // 1000**power}{' kMGT'[power]}B"
-    return str(nbytes)

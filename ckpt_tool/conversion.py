@@ -25,6 +25,7 @@ from ckpt_tool.integrity import check, none_proven
 from ckpt_tool.plan import Plan, PlannedFile, copies
 from ckpt_tool.published import is_published, is_what_it_would_be
 from ckpt_tool.replacing import Owned
+from ckpt_tool.sizes import as_size
 from ckpt_tool.storage import Location, Reader
 from ckpt_tool.stores.base import Publishing
 from ckpt_tool.stores.known import local_path, open_location, store_of
@@ -36,10 +37,10 @@ DEFAULT_MAX_MEMORY = 1024 * MIB
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How to carry out a plan: the memory all buffers may hold together (bytes), threads, durability, and
-    the ``executor`` that writes the files."""
+    """How to carry out a plan: the memory all buffers may hold together (bytes, or text like ``512MiB``),
+    threads, durability, and the ``executor`` that writes the files."""
 
-    max_memory: int = DEFAULT_MAX_MEMORY
+    max_memory: int | str = DEFAULT_MAX_MEMORY
     workers: int | None = None
     fsync: bool = True
     overwrite: bool = False
@@ -48,7 +49,10 @@ class Execution:
     executor: Executor = execute
 
     def budget(self) -> Budget:
-        return Budget.share(self.max_memory, self.workers or default_workers())
+        workers: object = self.workers
+        if workers is not None and (type(workers) is not int or workers < 1):
+            raise UsageError(f"--workers {workers}: it has to be a whole number, 1 or more.")
+        return Budget.share(as_size(self.max_memory, "max_memory"), self.workers or default_workers())
 
 
 def default_workers() -> int:

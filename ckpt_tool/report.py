@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from ckpt_tool.printable import printable
+from ckpt_tool.sizes import human_bytes as human_bytes
 from ckpt_tool.storage import Location
 
 _PERIOD = 10.0  # seconds between lines where there is no terminal
@@ -81,15 +82,6 @@ class Progress:
             say(f"ckpt-tool: {self._target} is complete")
         elif self._resumable and issubclass(kind, KeyboardInterrupt):
             say("ckpt-tool: nothing was published, and the same command goes on from here")
-
-
-def human_bytes(count: float) -> str:
-    """``1.5 GB``: powers of ten, as disks and networks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def print_json(value: Any) -> None:

@@ -19,33 +19,17 @@ from safetensors.torch import load_file
 
 from ckpt_tool import __version__, api, cli, cli_options, inspection
 from ckpt_tool.errors import UsageError
-from tests.conftest import ZERO3, Finished, checkpoint_of, child_env, config_of, copy_fixture, run_cli, tree
+from tests.conftest import (
+    ZERO3,
+    Runner,
+    checkpoint_of,
+    child_env,
+    config_of,
+    copy_fixture,
+    run_cli,
+    tree,
+)
 from tests.formats.dcp_tools import CHECKPOINTS as DCP_CHECKPOINTS
-
-
-class Runner:
-    """Runs the command line in this process: the same function, streams and exit codes, no start-up."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys, self._monkeypatch = capsys, monkeypatch
-        monkeypatch.setenv("COLUMNS", "200")
-
-    def __call__(self, *args: str | os.PathLike[str]) -> Finished:
-        self._monkeypatch.setattr(sys, "argv", ["ckpt-tool", *map(os.fspath, args)])
-        self._capsys.readouterr()
-        rc: Any = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            rc = end.code or 0
-        shown = self._capsys.readouterr()
-        return Finished(int(rc), shown.out, shown.err)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Runner:
-    return Runner(capsys, monkeypatch)
-
 
 VERBS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 MIXTRAL = checkpoint_of("mixtral_w4e2")

@@ -44,7 +44,7 @@ class Budget:
         least = _BUFFERS * _SMALLEST_TILE
         if max_memory < least:
             raise UsageError(
-                f"--max-memory {max_memory} bytes is too little for one tile; the least that works is "
+                f"--max-memory {max_memory} bytes is too little to work with; the least that works is "
                 f"{least} bytes ({least // KIB} KiB)."
             )
         workers = max(1, min(workers, max_memory // least))

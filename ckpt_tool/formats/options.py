@@ -6,11 +6,14 @@ Nothing heavy is imported here: ``convert --help`` reads the declarations of all
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ckpt_tool.errors import UsageError
+from ckpt_tool.limits import MOST_RANKS
+from ckpt_tool.sizes import as_size
 
 
 class Size(int):
@@ -22,8 +25,8 @@ class Option(NamedTuple):
 
     ``name`` is the keyword of ``api.convert``; ``flags`` are those of the command line, of which messages
     name the first. ``kind`` is what a value is; an option that is a bool is a flag without a value.
-    ``minimum`` bounds an int, ``choices`` are all values that a str may have. A value of None or False, and
-    the default, count as not given.
+    ``minimum`` and ``maximum`` bound a number, ``choices`` are all values that a str may have. A value of
+    None or False counts as not given.
     """
 
     name: str
@@ -34,13 +37,44 @@ class Option(NamedTuple):
     metavar: str | None = None
     minimum: int | None = None
     choices: tuple[str, ...] = ()
+    maximum: int | None = None
 
     @property
     def flag(self) -> str:
         return self.flags[0]
 
     def is_given(self, value: object) -> bool:
-        return value is not None and value is not False and value != self.default
+        return value is not None and value is not False
+
+    def checked(self, value: Any) -> Any:
+        """The value as the format takes it.
+
+        Raises:
+            UsageError: it is of another kind, out of bounds, or none of the choices.
+        """
+        if value is None:
+            return None
+        if self.kind is Size:
+            value = as_size(value, self.name)
+        wanted = _KINDS[self.kind]
+        wrong = not isinstance(value, wanted.types)
+        # To Python, True is a whole number.
+        if wrong or (isinstance(value, bool) and self.kind is not bool):
+            raise UsageError(
+                f"{self.name}={value!r} is {type(value).__name__}; {self.name} takes {wanted.words}."
+            )
+        low, high = self.minimum, self.maximum
+        if (low is not None and value < low) or (high is not None and value > high):
+            raise UsageError(f"{self.flag} {value}: {self._bounds()}.")
+        if self.choices:
+            refuse_unknown(self.flag, value, self.choices)
+        return value
+
+    def _bounds(self) -> str:
+        if self.kind is Size:
+            return f"it has to be {self.minimum} or more. Write it like 512MiB, 2GB or 1000000"
+        upper = "" if self.maximum is None else f" to {self.maximum:,}"
+        return f"it has to be a whole number, {self.minimum}{upper or ' or more'}"
 
 
 def refuse_unknown(flag: str, value: str, choices: Iterable[str]) -> None:
@@ -56,9 +90,37 @@ def refuse_unknown(flag: str, value: str, choices: Iterable[str]) -> None:
     raise UsageError(f"{flag} {value!r} is unknown.{meant} Known are {', '.join(first)} and {last}.")
 
 
+class _Kind(NamedTuple):
+    types: tuple[type, ...]
+    words: str
+
+
+_KINDS: Mapping[type, _Kind] = {
+    int: _Kind((int,), "a whole number"),
+    Size: _Kind((int,), "a size"),
+    bool: _Kind((bool,), "True or False"),
+    str: _Kind((str,), "text"),
+    Path: _Kind((str, os.PathLike), "a path"),
+}
+
+
 # Of every format with ranks.
-EP = Option("ep", ("--ep", "--ep-size"), int, "Expert-parallel size of the target run.", minimum=1)
-WORLD = Option("world", ("--world", "--world-size"), int, "Number of ranks of the target run.", minimum=1)
+EP = Option(
+    "ep",
+    ("--ep", "--ep-size"),
+    int,
+    "Expert-parallel size of the target run.",
+    minimum=1,
+    maximum=MOST_RANKS,
+)
+WORLD = Option(
+    "world",
+    ("--world", "--world-size"),
+    int,
+    "Number of ranks of the target run.",
+    minimum=1,
+    maximum=MOST_RANKS,
+)
 LIKE = Option(
     "like", ("--like",), Path, "A checkpoint the target run saved itself: its layout, with these values."
 )

@@ -27,6 +27,7 @@ MAX_SHARD_BYTES = Option(
     "Largest safetensors file.",
     DEFAULT_SHARD_BYTES,
     metavar="SIZE",
+    minimum=1,
 )
 
 
