@@ -21,7 +21,7 @@ from ckpt_tool.execute.checked import Checked, CheckingReader
 from ckpt_tool.execute.local import execute
 from ckpt_tool.execute.meter import Meter, Silent
 from ckpt_tool.formats.registry import open_checkpoint
-from ckpt_tool.integrity import check, none_proven
+from ckpt_tool.integrity import changed_since_written, check, none_proven
 from ckpt_tool.plan import Plan, PlannedFile, copies
 from ckpt_tool.published import is_published, is_what_it_would_be
 from ckpt_tool.replacing import Owned
@@ -130,6 +130,7 @@ def carry_out(
             reader.states(),
             lambda: ((file.path, sources_of(file)) for file in plan.files if is_done(file)),
         )
+        _discard_changed(staging, budget, how.meter)
         resumed = bool(staging.done)
         left = plan.bytes_written - sum(file.size for file in staging.done.values())
         check_room(destination, left)
@@ -167,6 +168,18 @@ def carry_out(
             how.on_published(destination)
         staging.close()
     return Outcome(verdict, (), checking.result(resumed=resumed, all_else=verify_result))
+
+
+def _discard_changed(staging: Staging, budget: Budget, meter: Meter) -> None:
+    """Have what an earlier run completed written again where it is not what that run wrote: its size and
+    the journal say that it was complete, not that it still is."""
+    if not staging.done:
+        return
+    written = staging.location.reader()
+    try:
+        staging.discard(changed_since_written(staging.done.values(), written, budget, meter=meter))
+    finally:
+        written.close()
 
 
 def _refuse_changed(reader: Reader) -> None:

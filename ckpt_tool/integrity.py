@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import xxhash
@@ -82,6 +82,21 @@ def check_files(manifest: Manifest, reader: Reader, budget: Budget, *, meter: Me
     return Verdict(
         0, sum(stretch.stated.length for stretch in work), tuple(sorted(differences)), tuple(notes)
     )
+
+
+def changed_since_written(
+    files: Iterable[WrittenFile], reader: Reader, budget: Budget, *, meter: Meter
+) -> set[str]:
+    """The paths of those files that do not hold what was written to them."""
+    changed: list[Difference] = []
+    work: list[_Stretch] = []
+    for file in files:
+        if _untold(file) is not None or reader.size(file.path) != file.size:
+            changed.append(Difference("checksum", file.path, f"{file.path} is not as it was written"))
+        else:
+            work += [_Stretch(reader, found) for found in manifest_sums(file)]
+    _compare(work, changed, budget, meter)
+    return {one.name for one in changed}
 
 
 def _compare(work: list[_Stretch], differences: list[Difference], budget: Budget, meter: Meter) -> None:

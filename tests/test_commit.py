@@ -389,6 +389,60 @@ def test_a_file_damaged_in_size_after_the_kill_is_written_again(
     assert tree(target) == uninterrupted
 
 
+@pytest.fixture
+def unpublished(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A target of which every file is complete, killed before it got its name."""
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ckpt_tool.stores.local_area.LocalArea.publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            api.convert(source, tmp_path / "out", to="universal")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("name", ["latest_universal", "fp32.pt", "mp_rank_00_model_states.pt"])
+def test_a_byte_of_a_complete_file_flipped_after_the_kill_is_written_again(
+    name: str, source: Path, uninterrupted: dict[str, bytes], unpublished: Path
+) -> None:
+    staged = sorted(staging_of(unpublished).rglob(name))
+    before = {path: path.stat() for path in staged}
+    for path in staged:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(before[path].st_atime_ns, before[path].st_mtime_ns))
+    assert staged
+    api.convert(source, unpublished, to="universal")
+    assert tree(unpublished) == uninterrupted
+
+
+def test_a_complete_file_replaced_by_another_of_its_size_after_the_kill_is_written_again(
+    source: Path, uninterrupted: dict[str, bytes], unpublished: Path
+) -> None:
+    staged = sorted(staging_of(unpublished).rglob("exp_avg.pt"))
+    sizes = {path.stat().st_size: path for path in staged}
+    one, other = next((a, sizes[a.stat().st_size]) for a in staged if sizes[a.stat().st_size] != a)
+    shutil.copyfile(other, one)
+    api.convert(source, unpublished, to="universal")
+    assert tree(unpublished) == uninterrupted
+
+
+def test_a_garbled_line_of_the_journal_after_the_kill(
+    source: Path, uninterrupted: dict[str, bytes], unpublished: Path
+) -> None:
+    """A line behind it may have said that a file is to be written again."""
+    journal = staging_of(unpublished) / JOURNAL
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[len(lines) // 2] = b"{]\n"
+    journal.write_bytes(b"".join(lines))
+    next(staging_of(unpublished).rglob("fp32.pt")).write_bytes(b"")
+    api.convert(source, unpublished, to="universal")
+    assert tree(unpublished) == uninterrupted
+
+
 # ---- two at once
 
 
