@@ -109,6 +109,10 @@ OTHER_TOPOLOGY: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+# How 16-bit arithmetic rounds depends on the processor: the run goes on from its own files here, too.
+OWN = ("titan_old_w2",)
+
+
 @pytest.fixture(scope="module")
 def conversions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("conversions")
@@ -132,18 +136,22 @@ def resumed(conversions: Path) -> dict[str, list[float]]:
                 fixture_spec(fixture), **changes, **target, load=str(root / name), start_step=2
             )
         )
+    for fixture in OWN:
+        own = str(CHECKPOINTS[fixture])
+        specs.append(dataclasses.replace(fixture_spec(fixture), load=own, start_step=2))
     spec = fixture_spec("titan_w4e2")
     convert(CHECKPOINTS["titan_w4e2"], root / "as it is", world=3, ep=1)
     still = dataclasses.replace(spec, world=3, ep=1, steps=0, load=str(root / "as it is"))
     results = run_each([*specs, dataclasses.replace(still, oracle=str(root / "oracle"))])[:-1]
-    return dict(zip([*SAME_TOPOLOGY, *OTHER_TOPOLOGY], (r.losses for r in results), strict=True))
+    return dict(zip([*SAME_TOPOLOGY, *OTHER_TOPOLOGY, *OWN], (r.losses for r in results), strict=True))
 
 
 @pytest.mark.parametrize("name", SAME_TOPOLOGY)
 def test_two_more_steps_at_the_same_topology_have_identical_digits(
     name: str, resumed: dict[str, list[float]]
 ) -> None:
-    assert resumed[name] == losses_after(SAME_TOPOLOGY[name][0])
+    fixture = SAME_TOPOLOGY[name][0]
+    assert resumed[name] == (resumed[fixture] if fixture in OWN else losses_after(fixture))
 
 
 @pytest.mark.parametrize("name", OTHER_TOPOLOGY)

@@ -119,6 +119,8 @@ OTHERS = [
     ("dense_z2_w3", 2, 2, 0),
     ("mixtral_odd_w4e2", 1, 2, 2),
 ]
+# How 16-bit arithmetic rounds depends on the processor: the engine goes on from its own files here, too.
+OWN = sorted({name for name, *_ in OTHERS if fixture_spec(name).dtype != "fp32"})
 each_other = pytest.mark.parametrize("other", OTHERS, ids=lambda other: "{}_to_z{}_w{}e{}".format(*other))
 
 
@@ -237,6 +239,14 @@ def resumed(resharded: dict[Any, Path], tmp_path_factory: pytest.TempPathFactory
             start_step=2,
             load=Load(str(resharded[other])),
             save=Save(str(runs.root / f"{name}_z{stage}"), TAG, client_state_of(name), after=0),
+        )
+    for name in OWN:
+        specs["own files", name] = dataclasses.replace(
+            fixture_spec(name),
+            model_seed=99,
+            steps=2,
+            start_step=2,
+            load=Load(str(FIXTURES / name / "checkpoint")),
         )
     specs["moved to zero2"] = dataclasses.replace(
         specs["mixtral_w4e2", 2, 4, 4], steps=0, save=None, gather_oracle=str(runs.root / "oracle_of_zero2")
@@ -490,8 +500,11 @@ def test_checkpoint_of_another_stage_resumes_exactly(
     other: tuple[str, int, int, int], resumed: Runs
 ) -> None:
     """mixtral_z2_w4e2 to w2e1 as ZeRO-2 is trap f: the target has more expert groups than the source."""
-    found = resumed.result(other)
-    assert (found.losses, set(found.adam_steps)) == (facts(other[0])["losses_after"], {4.0})
+    found, name = resumed.result(other), other[0]
+    expected = facts(name)["losses_after"]
+    if name in OWN:
+        expected = resumed.result(("own files", name)).losses
+    assert (found.losses, set(found.adam_steps)) == (expected, {4.0})
 
 
 # Of ZeRO-1/2 files the engine needs neither, and we write neither.

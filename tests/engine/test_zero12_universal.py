@@ -134,6 +134,8 @@ RESUMES: dict[str, tuple[str, dict[str, Any]]] = {
     "stage 0 to stage 2 at w4e4": ("mixtral_z0_w2e2", {**STAGE_2, "world": 4, "ep": 4}),
     "stage 0 to stage 3 at w2e1": ("mixtral_z0_w2e2", {**STAGE_3, "ep": 1}),
 }
+# How 16-bit arithmetic rounds depends on the processor: the engine goes on from its own files here, too.
+OWN = sorted({name for name, _ in RESUMES.values() if fixture_spec(name).dtype != "fp32"})
 
 
 @pytest.fixture(scope="module")
@@ -144,17 +146,28 @@ def resumed(ours: dict[str, Path]) -> dict[str, RunResult | RuntimeError]:
         load = Load(str(ours[name]), universal=True)
         common = {"model_seed": 99, "steps": 2, "start_step": 2, "load": load}
         specs.append(dataclasses.replace(fixture_spec(name), **{**common, **changes}))
-    return dict(zip(RESUMES, run_each(specs, timeout=900), strict=True))
+    for name in OWN:
+        own = Load(str(FIXTURES / name / "checkpoint"))
+        specs.append(
+            dataclasses.replace(fixture_spec(name), model_seed=99, steps=2, start_step=2, load=own)
+        )
+    return dict(zip([*RESUMES, *OWN], run_each(specs, timeout=900), strict=True))
 
 
 @pytest.mark.parametrize("case", RESUMES)
 def test_engine_resumes_with_the_losses_of_an_uninterrupted_run(
     case: str, resumed: dict[str, RunResult | RuntimeError]
 ) -> None:
-    result = resumed[case]
+    result, name = resumed[case], RESUMES[case][0]
     if isinstance(result, RuntimeError):
         raise result
-    assert result.losses == facts(RESUMES[case][0])["losses_after"]
+    expected = facts(name)["losses_after"]
+    if name in OWN:
+        own = resumed[name]
+        if isinstance(own, RuntimeError):
+            raise own
+        expected = own.losses
+    assert result.losses == expected
     assert (result.global_step, set(result.adam_steps)) == (4, {4.0})
 
 
