@@ -29,7 +29,8 @@ class Progress:
         self._began = self._spoke = time.monotonic()
 
     def start(self, total: int) -> None:
-        self._total = total
+        self.close()  # the bar of the phase before, if there was one
+        self._done, self._total = 0, total
         self._began = self._spoke = time.monotonic()
         if not self._quiet and sys.stderr.isatty():
             from tqdm import tqdm

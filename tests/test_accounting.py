@@ -29,6 +29,8 @@ from ckpt_tool.plan import make_plan
 from ckpt_tool.storage import LocalReader
 from tests.conftest import ROOT, checkpoint_of, config_of, nothing_stored
 
+pytestmark = pytest.mark.slow
+
 # ---- sets of bytes, against sets of numbers
 
 

@@ -21,6 +21,8 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.manifest import MANIFEST
 from tests.conftest import ROOT, tree
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).with_suffix(".json")
 FIXTURES = sorted(path.parent for path in (ROOT / "fixtures").glob("*/*/made_with.json"))
 STYLES = ("plain", "torchtitan", "accelerate", "transformers", "veomni")

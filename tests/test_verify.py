@@ -399,6 +399,7 @@ def test_a_flipped_byte_of_a_rank_file_breaks_its_crc(tmp_path: Path) -> None:
     assert optim(tag, 1).name in difference.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_flipped_byte_in_any_chunk_of_a_dcp_checkpoint_breaks_its_crc(name: str, tmp_path: Path) -> None:
     source = tmp_path / "source"

@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Meter(Protocol):
-    """``start`` is called once with the total; ``add`` from any thread."""
+    """``start`` is called with the total of each phase as it begins; ``add`` from any thread."""
 
     def start(self, total: int) -> None: ...
 

@@ -10,6 +10,8 @@ from ckpt_tool import api
 from ckpt_tool.errors import CkptToolError
 from tests.diagnosis.tools import fixtures, source_of
 
+pytestmark = pytest.mark.slow
+
 FAST = api.Execution(fsync=False, workers=2)
 TARGETS = ("universal", "dcp", "hf", "zero1", "zero2", "zero3")
 

@@ -32,6 +32,8 @@ from ckpt_tool.storage import LocalReader, LocalWriter
 from tests.conftest import ROOT, nothing_stored, tree
 from tests.toy_executor import OtherProcesses
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = {
     "zero3": "deepspeed/mixtral_w2e1",
     "zero2": "deepspeed/mixtral_z2_w4e2",

@@ -17,6 +17,8 @@ from ckpt_tool.errors import MismatchError
 from ckpt_tool.families import model_in_memory
 from tests.conftest import checkpoint_of, config_of
 
+pytestmark = pytest.mark.slow
+
 HOW = api.Execution(fsync=False, workers=1)
 Answer = dict[str, Any]
 

@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from tests.conftest import ROOT
 from tests.faults.bit_flips import OUTPUTS, SOURCES, flipped, is_found, outcomes, unnoticed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_flipped_bits_of_a_result_are_found(name: str, tmp_path: Path) -> None:

@@ -50,18 +50,22 @@ DISK = "tmpfs" if may_mount() else "limited-files-and-injected-faults"
 
 
 class Filling:
-    """A meter that uses up the disk once a part of the result is written."""
+    """A meter that uses up the disk once a part of the result is written, and not while it is checked."""
 
     def __init__(self, home: Path, part: float) -> None:
         self._home, self._part = home, part
-        self._left = 0.0
+        self._left, self._used = 0.0, 0
 
     def start(self, total: int) -> None:
         self._left = total * self._part
+        self._used = self._in_use()
+
+    def _in_use(self) -> int:
+        return shutil.disk_usage(self._home).used
 
     def add(self, size: int) -> None:
         self._left -= size
-        if self._left <= 0:
+        if self._left <= 0 and self._in_use() > self._used:
             with (self._home / "filler").open("ab", buffering=0) as filler:
                 try:
                     while True:

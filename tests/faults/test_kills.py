@@ -22,6 +22,8 @@ from ckpt_tool.manifest import JOURNAL
 from tests.conftest import ROOT, tree
 from tests.faults.killing import changing_calls, killed_after, killed_at
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = {
     "zero3": "deepspeed/mixtral_w2e1",
     "zero2": "deepspeed/mixtral_z2_w4e2",

@@ -24,6 +24,8 @@ from ckpt_tool.system_errors import told
 from tests.conftest import Finished, checkpoint_of, child_env, config_of, copy_fixture, tree
 from tests.faults.forked import as_an_ordinary_user, forked, tool
 
+pytestmark = pytest.mark.slow
+
 MIXTRAL = checkpoint_of("mixtral_w4e2")
 REFUSED = {1, 2, 3, 4}  # of the documented exit codes
 

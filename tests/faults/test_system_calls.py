@@ -18,6 +18,8 @@ from ckpt_tool.manifest import JOURNAL
 from tests.conftest import ROOT, tree
 from tests.faults.injection import CODES, count, failing, system_calls
 
+pytestmark = pytest.mark.slow
+
 
 class Job(NamedTuple):
     """A conversion of a fixture; ``before`` is what it is to overwrite."""

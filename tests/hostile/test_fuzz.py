@@ -7,6 +7,8 @@ import pytest
 from tests.faults.forked import forked
 from tests.hostile.fuzz import PARSERS, fuzz
 
+pytestmark = pytest.mark.slow
+
 INPUTS = 2000
 
 
