@@ -29,9 +29,9 @@ from ckpt_tool.conversion import (
 from ckpt_tool.diagnosis import Diagnosis as Diagnosis
 from ckpt_tool.diagnosis import Severity, examine, examine_files, tag_file, unusable_config
 from ckpt_tool.duplicates import Copies, find_copies
-from ckpt_tool.errors import MismatchError, UnreadableError, UsageError
+from ckpt_tool.errors import CkptToolError, MismatchError, UnreadableError, UsageError
 from ckpt_tool.execute.budget import Budget
-from ckpt_tool.families import family_of
+from ckpt_tool.families import family_of, is_expert
 from ckpt_tool.families.agreement import check_config
 from ckpt_tool.families.naming import to_hub
 from ckpt_tool.families.roots import misfit
@@ -43,10 +43,11 @@ from ckpt_tool.formats.registry import locate, open_checkpoint
 from ckpt_tool.integrity import check, check_files
 from ckpt_tool.manifest import read_manifest
 from ckpt_tool.model_files import (
+    Found,
     check_same_family,
     find_config,
     left_behind,
-    read_config,
+    naming,
 )
 from ckpt_tool.opened import Opened as Opened
 from ckpt_tool.page import refuse_other_files, rendered, write_page
@@ -93,17 +94,15 @@ def open(path: PathLike, *, config: PathLike | None = None) -> Opened:
     """Open a checkpoint of any format to read from: ``opened.Opened`` has what can be asked for.
 
     Args:
-        config: the model's ``config.json``, or a directory with it; by default one in the checkpoint's
-            directory or the one above. It tells published names.
+        config: the model's ``config.json``, or a directory with it; by default one near the checkpoint
+            (``model_files.find_config``). It tells published names.
 
     Raises:
         CkptToolError: it is not read, or the config does not fit.
     """
-    found, _ = find_config(path, config)
     reader, checkpoint = open_checkpoint(path)
-    if config is not None:
-        checkpoint = _with_experts(checkpoint, path, config)
-    return Opened(reader, checkpoint, found)
+    found = _config_near(path, config)
+    return Opened(reader, _with_experts(checkpoint, found, experts_only=True), found.config)
 
 
 @told()
@@ -111,11 +110,12 @@ def catalogue(path: PathLike, *, config: PathLike | None = None) -> Checkpoint:
     """Read the catalogue of a checkpoint: metadata only, whatever its size.
 
     Args:
-        config: a ``config.json``, which tells the experts where names and shapes do not.
+        config: a ``config.json``, which tells the experts where names and shapes do not; by default one
+            near the checkpoint (``model_files.find_config``).
     """
     reader, checkpoint = open_checkpoint(path)
     reader.close()
-    return checkpoint if config is None else _with_experts(checkpoint, path, config)
+    return _with_experts(checkpoint, _config_near(path, config), experts_only=True)
 
 
 @told()
@@ -184,18 +184,20 @@ def convert(
         if known is None:
             known = _own_target(checkpoint)
             _refuse_useless(known, given)
-        model_config, beside = find_config(source, config)
+        found = find_config(source, config)
+        model_config, beside = found.config, found.beside
         if config is not None and model_config is not None:
             check_same_family(checkpoint.model_config, model_config)
         written = known.load()
         republished = known.published and checkpoint.format == written.name
         files_left = left_behind(source, beside) if republished else ()
         values = known.values(given)
-        prepared = written.prepare(
-            Request(known.to, checkpoint, values, cast, model_config, config is not None, beside)
-        )
-        checkpoint = prepared.checkpoint
-        layout = written.layout(checkpoint, prepared.options)
+        with naming(found):
+            prepared = written.prepare(
+                Request(known.to, checkpoint, values, cast, model_config, config is not None, beside)
+            )
+            checkpoint = prepared.checkpoint
+            layout = written.layout(checkpoint, prepared.options)
         layout = replace(layout, left_out=(*layout.left_out, *prepared.left_out))
         plan = make_plan(layout, checkpoint)
         parameters = {"to": known.to, "dtype": str(cast or "keep")}
@@ -349,12 +351,14 @@ def find_copied_experts(
     how = _how(how, max_memory)
     reader, checkpoint = open_checkpoint(source)
     try:
-        checkpoint = _with_experts(checkpoint, source, config)
+        found = _config_near(source, config)
+        checkpoint = _with_experts(checkpoint, found)
         if not checkpoint.moe_layers:
-            raise UsageError(
-                f"No routed experts are recognised in {checkpoint.root}, so nothing was checked. If the "
-                "model has some, pass its config.json with --config, which tells their names."
-            )
+            with naming(found):
+                raise UsageError(
+                    f"No routed experts are recognised in {checkpoint.root}, so nothing was checked. If "
+                    "the model has some, pass its config.json with --config, which tells their names."
+                )
         return find_copies(checkpoint, reader, how.budget(), how.meter)
     finally:
         reader.close()
@@ -383,12 +387,12 @@ def page(
     how = _how(how, max_memory)
     path, file = open_location(source), Path(target)
     refuse_other_files(file)
-    found, _ = find_config(path, config)
     reader, checkpoint = open_checkpoint(path)
     try:
-        checkpoint = _with_experts(checkpoint, path, config)
+        found = _config_near(path, config)
+        checkpoint = _with_experts(checkpoint, found)
         diagnosis = (
-            examine(checkpoint, reader, found, how.budget(), how.meter, sums=True) if stats else None
+            examine(checkpoint, reader, found.config, how.budget(), how.meter, sums=True) if stats else None
         )
         write_page(file, rendered(page_data(checkpoint, diagnosis)))
     finally:
@@ -416,9 +420,9 @@ def doctor(
     tags = tag_file(path)
     if any(finding.severity is Severity.ERROR for finding in tags):
         return Diagnosis(str(path), None, None, 0, 0, tuple(tags), ())
-    found: Mapping[str, Any] | None = None
+    found: Found | None = None
     try:
-        found, _ = find_config(path, config)
+        found = find_config(path, config)
     except (UnreadableError, UsageError) as error:
         if config is not None:
             raise
@@ -429,8 +433,9 @@ def doctor(
         return examine_files(path, error).with_findings(tags)
     try:
         if found is not None:
-            checkpoint = _with_experts(checkpoint, path, config)
-        return examine(checkpoint, reader, found, how.budget(), how.meter).with_findings(tags)
+            checkpoint = _with_experts(checkpoint, found)
+        near = found.config if found is not None else None
+        return examine(checkpoint, reader, near, how.budget(), how.meter).with_findings(tags)
     finally:
         reader.close()
 
@@ -453,18 +458,51 @@ def verify(
     try:
         other_reader, other = open_checkpoint(b)
         try:
-            found = read_config(config) if config is not None else None
-            return compare(checkpoint, other, (reader, other_reader), budget, config=found, meter=how.meter)
+            found = _config_near(a, config)
+            if found.config is None:
+                more = _config_near(b, None)
+                found = more._replace(looked=(*found.looked, *more.looked))
+            with naming(found):
+                return compare(
+                    checkpoint,
+                    other,
+                    (reader, other_reader),
+                    budget,
+                    config=found.config if found.given else None,
+                    nearby=found.config,
+                    meter=how.meter,
+                )
         finally:
             other_reader.close()
     finally:
         reader.close()
 
 
-def _with_experts(checkpoint: Checkpoint, source: Place, config: PathLike | None) -> Checkpoint:
-    """The catalogue with its experts told apart, where a config at hand does what reading could not."""
-    found, _ = find_config(source, config)
-    if found is None or checkpoint.moe_layers:
+def _config_near(source: Place, config: PathLike | None) -> Found:
+    """The config to use where a checkpoint is only looked at: one that nobody named and that is no model's
+    stops nobody."""
+    try:
+        return find_config(source, config)
+    except CkptToolError:
+        if config is not None:
+            raise
+        return Found(None, {}, None, ())
+
+
+def _with_experts(checkpoint: Checkpoint, near: Found, *, experts_only: bool = False) -> Checkpoint:
+    """The catalogue with its experts told apart, where a config at hand does what reading could not.
+    ``experts_only``: a config that nobody named renames nothing where there are none.
+    """
+    found = near.config
+    if checkpoint.moe_layers:
+        return checkpoint
+    in_sight = any(isinstance(t.name, str) and is_expert(t.name) for t in checkpoint.tensors)
+    if found is None:
+        if not in_sight or not near.looked:
+            return checkpoint
+        looked = ", ".join(map(str, near.looked))
+        return replace(checkpoint, notes=(*checkpoint.notes, f"There is no config.json in {looked}."))
+    if experts_only and not near.given and not in_sight:
         return checkpoint
     try:
         family = family_of(found)

@@ -5,7 +5,7 @@ formats and topologies.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckpt_tool.canonical import (
@@ -22,8 +22,8 @@ from ckpt_tool.containers.decoding.virtual import real_file
 from ckpt_tool.errors import UsageError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.meter import Meter
-from ckpt_tool.families import family_of
-from ckpt_tool.families.naming import to_hub
+from ckpt_tool.families import Family, family_of
+from ckpt_tool.families.naming import HUB, from_hub, to_hub
 from ckpt_tool.storage import Reader
 from ckpt_tool.values import Difference, Pair, check_replicas, differing
 from ckpt_tool.wrappers import unwrapped_checkpoint
@@ -50,6 +50,7 @@ def compare(
     budget: Budget,
     *,
     config: Mapping[str, Any] | None = None,
+    nearby: Mapping[str, Any] | None = None,
     rounded: bool = False,
     meter: Meter,
 ) -> Verdict:
@@ -57,6 +58,8 @@ def compare(
 
     Args:
         config: a ``config.json``, needed where one side has published names and neither carries it.
+        nearby: one that lies near one of the two, used where there is no other and names cannot be brought
+            together without.
         rounded: floats of another dtype are equal where the wider, rounded, gives the narrower. Always
             so where one side holds no optimizer state and is compared by its values.
 
@@ -66,7 +69,7 @@ def compare(
     a, b = unwrapped_checkpoint(a), unwrapped_checkpoint(b)
     for side, reader in zip((a, b), readers, strict=True):
         check_replicas(side, reader, budget)
-    sides = _same_names(a, b, config)
+    sides = _same_names(a, b, config, nearby)
     said = {*a.notes, *b.notes}
     a, b = sides
     pairs, differences, notes = _pair_up(a, b)
@@ -95,20 +98,30 @@ def compare(
 
 
 def _same_names(
-    a: Checkpoint, b: Checkpoint, config: Mapping[str, Any] | None
+    a: Checkpoint, b: Checkpoint, config: Mapping[str, Any] | None, nearby: Mapping[str, Any] | None
 ) -> tuple[Checkpoint, Checkpoint]:
     found = next((c for c in (config, a.model_config, b.model_config) if c is not None), None)
     if a.dialect == b.dialect and not (found is not None and _named_by_one(a, b)):
         return a, b
     if found is None and _of_one_module(a, b):
         return a, b
+    found = nearby if found is None else found
     if found is None:
         raise UsageError(
             f"The two use different names ({a.dialect} and {b.dialect}), and neither carries the model's "
             "config.json. Pass it with --config."
         )
     family = family_of(found)
-    return to_hub(a, family, found), to_hub(b, family, found)
+    return _published(a, family, found), _published(b, family, found)
+
+
+def _published(side: Checkpoint, family: Family, config: Mapping[str, Any]) -> Checkpoint:
+    """A side under published names, its experts stacked: those of files that had no config beside them,
+    too."""
+    if side.dialect != HUB or side.model_config is not None:
+        return to_hub(side, family, config)
+    named = {str(tensor.name): tensor for tensor in side.tensors}
+    return replace(side, tensors=tuple(from_hub(named, family, config)))
 
 
 def _of_one_module(a: Checkpoint, b: Checkpoint) -> bool:

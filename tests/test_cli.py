@@ -101,7 +101,6 @@ _ARGUMENTS: dict[str, list[str]] = {
     "no size": ["convert", str(MIXTRAL), "OUT", "--to", "universal", "--max-memory", "much"],
     "too little memory": ["convert", str(MIXTRAL), "OUT", "--to", "universal", "--max-memory", "1kB"],
     "no workers": ["convert", str(MIXTRAL), "OUT", "--to", "universal", "--workers", "0"],
-    "no config": ["convert", str(MIXTRAL), "OUT", "--to", "hf"],
     "config that is not there": ["consolidate", str(MIXTRAL), "OUT", "--config", "/nowhere.json"],
     "dtype for universal": ["convert", str(MIXTRAL), "OUT", "--to", "universal", "--dtype", "bf16"],
 }
@@ -400,12 +399,14 @@ def test_a_dry_run_says_that_nothing_was_written(run: Runner, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inspect_tells_stacked_experts_apart_by_a_config(run: Runner) -> None:
-    source = DCP_CHECKPOINTS["mixtral_accelerate_w2"]
+def test_inspect_tells_stacked_experts_apart_by_a_config(run: Runner, tmp_path: Path) -> None:
+    original = DCP_CHECKPOINTS["mixtral_accelerate_w2"]
+    source = tmp_path / "checkpoint"
+    shutil.copytree(original, source)
     without = json.loads(run("inspect", source, "--experts", "--json").stdout)
     assert without["experts"] == []
     assert any("pass its config.json with --config" in note for note in without["notes"])
-    done = run("inspect", source, "--experts", "--json", "--config", source.parent)
+    done = run("inspect", source, "--experts", "--json", "--config", original.parent)
     found = json.loads(done.stdout)
     assert [(row["layer"], row["expert"]) for row in found["experts"]] == [(0, e) for e in range(4)]
     assert not any("No routed experts" in note for note in found["notes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 from ckpt_tool import CkptToolError, Execution, api
 from ckpt_tool.limits import MOST_RANKS
-from tests.conftest import Runner, checkpoint_of
+from tests.conftest import Runner, checkpoint_of, config_of
+from tests.formats.dcp_tools import CHECKPOINTS as DCP_CHECKPOINTS
 
 MIXTRAL = checkpoint_of("mixtral_w4e2")
 
@@ -83,3 +85,129 @@ def test_a_value_of_another_kind_from_python(tmp_path: Path, given: dict[str, An
     with pytest.raises(CkptToolError) as refusal:
         api.convert(MIXTRAL, tmp_path / "out", to="zero3", **given)
     assert said in str(refusal.value)
+
+
+# ---- the source
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Path:
+    """A run's directory: its checkpoints below, each in a directory of its step."""
+    shutil.copytree(MIXTRAL, tmp_path / "run" / "checkpoints")
+    tags = tmp_path / "run" / "checkpoints"
+    (tags / "global_step2").rename(tags / "global_step10")
+    shutil.copytree(tags / "global_step10", tags / "global_step9")
+    (tags / "latest").write_text("global_step10")
+    return tmp_path / "run"
+
+
+def unreadable(run: Runner, source: Path | str) -> str:
+    done = run("inspect", source)
+    assert (done.rc, done.stdout) == (3, ""), done
+    assert len(done.stderr.splitlines()) == 1
+    return done.stderr
+
+
+def test_an_empty_path(run: Runner) -> None:
+    assert "An empty path names nothing" in refused(run, "inspect", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "called"),
+    [
+        ("run.zip", b"PK\x03\x04rest", "a zip archive"),
+        ("run.tar", bytes(257) + b"ustar\x00", "a tar archive"),
+        ("run.tar.gz", b"\x1f\x8brest", "compressed by gzip"),
+        ("notes.txt", b"to do\n", "a text file"),
+        ("empty.log", b"", "empty"),
+        ("model.gguf", b"GGUF\x03", "a GGUF file"),
+        ("odd", b"\x00\x01", "of no kind that is known"),
+    ],
+)
+def test_a_file_that_is_no_checkpoints(
+    run: Runner, run_directory: Path, name: str, contents: bytes, called: str
+) -> None:
+    file = run_directory / "checkpoints" / "global_step10" / name
+    file.write_bytes(contents)
+    assert f"{file} is {called}, and no file of a checkpoint." in unreadable(run, file)
+
+
+def test_a_file_that_is_another_checkpoints(run: Runner, run_directory: Path) -> None:
+    file = run_directory / "checkpoints" / "global_step10" / "adapter_model.safetensors"
+    file.write_bytes(b"")
+    assert f"{file} is no part of the checkpoint beside it" in unreadable(run, file)
+
+
+def test_each_file_of_a_checkpoint_may_be_passed_for_it(run: Runner, run_directory: Path) -> None:
+    tags = run_directory / "checkpoints"
+    for file in [tags / "latest", *(tags / "global_step10").iterdir()]:
+        assert run("inspect", file).rc == 0, file
+
+
+def test_a_step_that_is_not_there(run: Runner, run_directory: Path) -> None:
+    tags = run_directory / "checkpoints"
+    said = unreadable(run, tags / "global_step11")
+    assert "There are global_step9, global_step10. Pass the one you mean, for example the newest" in said
+    assert str(tags / "global_step10") in said
+
+
+def test_a_tag_file_that_names_no_step(run: Runner, run_directory: Path) -> None:
+    (run_directory / "checkpoints" / "latest").write_text("global_step11")
+    said = unreadable(run, run_directory / "checkpoints")
+    assert "names 'global_step11', but there is no such directory" in said
+    assert "There are global_step9, global_step10." in said
+
+
+def test_steps_without_a_tag_file(run: Runner, run_directory: Path) -> None:
+    tags = run_directory / "checkpoints"
+    (tags / "latest").unlink()
+    said = unreadable(run, tags)
+    assert "has no `latest` file, but holds global_step9, global_step10." in said
+    assert f"for example the newest by its number, {tags / 'global_step10'}." in said
+
+
+# ---- config.json
+
+
+def test_where_a_config_was_looked_for(
+    run: Runner, run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_directory)
+    said = refused(run, "consolidate", "checkpoints", tmp_path / "out")
+    places = "checkpoints/global_step10", run_directory / "checkpoints", run_directory
+    assert f"(There is no config.json in {', '.join(map(str, places))}.)" in said
+
+
+@pytest.mark.parametrize("source", ["checkpoints", "checkpoints/global_step10", "checkpoints/latest"])
+def test_a_config_above_the_checkpoints_directory(run: Runner, run_directory: Path, source: str) -> None:
+    shutil.copy(config_of("mixtral_w4e2"), run_directory)
+    with api.open(run_directory / source) as checkpoint:
+        assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in checkpoint
+    done = run("consolidate", run_directory / source, run_directory.parent / "out", "--no-fsync")
+    assert done.rc == 0, done.stderr
+    (run_directory.parent / "out" / "config.json").unlink()
+    assert run("verify", run_directory / source, run_directory.parent / "out").rc == 0
+
+
+def test_experts_told_apart_by_a_config_above(run: Runner) -> None:
+    done = run("inspect", DCP_CHECKPOINTS["mixtral_accelerate_w2"])
+    assert "1 (0 to 0) of 4 experts" in done.stdout
+
+
+def test_a_trainers_own_config_above_is_not_the_models(run: Runner, run_directory: Path) -> None:
+    (run_directory / "config.json").write_text("{}")
+    assert run("inspect", run_directory / "checkpoints").rc == 0
+    done = run("convert", run_directory / "checkpoints", run_directory.parent / "o", "--to", "universal")
+    assert done.rc == 0, done.stderr
+
+
+def test_the_config_that_was_found_is_of_another_model(run: Runner, run_directory: Path) -> None:
+    text = config_of("mixtral_w4e2").read_text()
+    assert '"num_local_experts": 4' in text
+    (run_directory / "config.json").write_text(
+        text.replace('"num_local_experts": 4', '"num_local_experts": 8')
+    )
+    done = run("consolidate", run_directory / "checkpoints", run_directory.parent / "out")
+    assert done.rc == 3
+    assert "Is this the config.json of another model?" in done.stderr
+    assert f"(config.json is that in {run_directory}; --config names another.)" in done.stderr

@@ -271,11 +271,18 @@ def test_published_weights_of_two_dtypes_differ_in_dtype_and_are_not_equal_by_ac
 
 
 def test_published_names_need_a_config(tmp_path: Path) -> None:
-    source = checkpoint_of("mixtral_w2e1")
+    source = copy_fixture("mixtral_w2e1", tmp_path)
     api.consolidate(source, tmp_path / "out", config=config_of("mixtral_w2e1"))
     (tmp_path / "out" / "config.json").unlink()
     with pytest.raises(UsageError, match="--config"):
         api.verify(source, tmp_path / "out")
+    for pair in ((source, tmp_path / "out"), (tmp_path / "out", source)):
+        assert api.verify(*pair, config=config_of("mixtral_w2e1")).passed
+    damaged = load_file(tmp_path / "out" / "model.safetensors")
+    next(tensor for name, tensor in damaged.items() if "experts.3" in name)[0] += 1
+    save_file(damaged, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    verdict = api.verify(source, tmp_path / "out", config=config_of("mixtral_w2e1"))
+    assert [found.kind for found in verdict.differences] == ["value"]
 
 
 # ---- the same model trained at three topologies

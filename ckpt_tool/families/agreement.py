@@ -342,14 +342,14 @@ def _check_experts(values: Mapping[TensorName, Tensor], family: Family, text: Ma
             continue
         if experts is not None and tensor.shape[0] not in counts:
             lost = (
-                "If the config is right, experts were lost before this checkpoint was saved: an "
-                "expert-parallel model wrapped by ZeRO-3 without AutoEP saves one rank's share only. Such "
-                "a checkpoint cannot be repaired."
+                "If it is not, experts were lost before this checkpoint was saved: an expert-parallel "
+                "model wrapped by ZeRO-3 without AutoEP saves one rank's share only. Such a checkpoint "
+                "cannot be repaired."
             )
-            other = "Is this the config.json of another model?"
             raise MismatchError(
                 f"config.json has {experts[0]} {experts[1]}, the checkpoint's {name} has "
-                f"{tensor.shape[0]} experts. {lost if tensor.shape[0] < experts[1] else other}"
+                f"{tensor.shape[0]} experts. Is this the config.json of another model? "
+                f"{lost if tensor.shape[0] < experts[1] else ''}".rstrip()
             )
         if name.part not in sizes:
             continue

@@ -43,6 +43,11 @@ def is_models(name: str) -> bool:
     return bool(MODEL_FILES.match(name)) and not name.endswith(WEIGHTS)
 
 
+def is_engines(name: str) -> bool:
+    """Whether a file is one that engines and transformers write beside tensors, or one of ranks."""
+    return name in _ENGINES or DEEPSPEED_FILES.fullmatch(name) is not None or name == ".metadata"
+
+
 def not_understood(reader: Reader, checkpoint: Checkpoint) -> tuple[str, ...]:
     """A note that names files and directories which are no part of the checkpoint; none without such."""
     used = {file.path.split("/")[0] for file in checkpoint.files}

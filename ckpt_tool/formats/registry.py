@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 
 from ckpt_tool import collecting
 from ckpt_tool.canonical import Checkpoint
-from ckpt_tool.errors import UnreadableError
+from ckpt_tool.errors import CkptToolError, UnreadableError
 from ckpt_tool.families import adapters
 from ckpt_tool.formats.base import SourceFormat
-from ckpt_tool.formats.beside import beside_tags, not_understood
+from ckpt_tool.formats.beside import beside_tags, is_engines, not_understood
 from ckpt_tool.formats.known import FORMATS
+from ckpt_tool.formats.strangers import refuse_strangers
 from ckpt_tool.limits import LONGEST_TAG
 from ckpt_tool.storage import Location, Reader
 from ckpt_tool.stores.known import Place, open_location
@@ -20,6 +22,7 @@ from ckpt_tool.wrappers import unwrapped_checkpoint
 
 # Files that name the subdirectory to take, in order of preference.
 TAG_FILES = ("latest", "latest_universal")
+_SHOWN = 5
 
 
 def sources() -> list[SourceFormat]:
@@ -37,9 +40,10 @@ def locate(place: Place) -> Location:
     if path.is_file():
         if path.name in TAG_FILES:
             return _tagged(path)
+        refuse_strangers(path)
         return path.parent
     if not path.is_directory():
-        raise UnreadableError(f"{path} does not exist.")
+        raise UnreadableError(f"{path} does not exist.{_others(path.parent)}")
     for tag_file in TAG_FILES:
         if (path / tag_file).is_file():
             return _tagged(path / tag_file)
@@ -58,26 +62,87 @@ def _newest_step(path: Location) -> Location | None:
     return steps[max(steps)] if steps else None
 
 
-def _tagged(tag_file: Location) -> Location:
+def _tag_named(path: Location) -> Location | None:
+    """The directory that a tag file in a directory names, or torchtitan's newest; None without both."""
+    for tag_file in TAG_FILES:
+        if (path / tag_file).is_file():
+            tag, directory = _tag_in(path / tag_file)
+            return directory if tag and directory.is_directory() else None
+    return _newest_step(path)
+
+
+def _tag_in(tag_file: Location) -> tuple[str, Location]:
     try:
         tag = os.fsdecode(tag_file.read_small(LONGEST_TAG)).strip()
     except OSError as error:
         raise reading_failed(str(tag_file), error) from error
-    directory = tag_file.parent / tag
+    return tag, tag_file.parent / tag
+
+
+def _tagged(tag_file: Location) -> Location:
+    tag, directory = _tag_in(tag_file)
     if not tag or not directory.is_directory():
         raise UnreadableError(
             f"{tag_file} names {tag!r}, but there is no such directory beside it. Pass the directory of "
-            "the step you want."
+            f"the step you want.{_others(tag_file.parent)}"
         )
     return directory
 
 
-def _is_checkpoint(path: Location) -> bool:
+def _others(directory: Location) -> str:
+    """The checkpoints in a directory, as the end of a message that one is missing; nothing without such."""
     try:
-        reader = locate(path).reader()
+        found = _checkpoints_in(directory)
+    except CkptToolError:
+        return ""  # what cannot be looked into offers nothing
+    return f" There {'is' if len(found) == 1 else 'are'} {_offered(directory, found)}" if found else ""
+
+
+def _offered(directory: Location, found: list[str]) -> str:
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    newest = "the newest by its number, " if len(found) > 1 else ""
+    return (
+        f"{', '.join(found[-_SHOWN:])}{more}. Pass the one you mean, for example {newest}"
+        f"{directory / found[-1]}."
+    )
+
+
+def _checkpoints_in(directory: Location) -> list[str]:
+    """The names of directories that are checkpoints, by the numbers in them."""
+    if not directory.is_directory():
+        return []
+    reader = directory.reader()
+    try:
+        names = [name for name in reader.list() if reader.is_directory(name)]
+    finally:
+        reader.close()
+    return sorted((name for name in names if _is_checkpoint(directory / name)), key=_by_number)
+
+
+def _by_number(name: str) -> tuple[list[int], str]:
+    return [int(number) for number in re.findall(r"[0-9]{1,18}", name)], name
+
+
+def _is_checkpoint(path: Location) -> bool:
+    """Whether a directory, or the one that its tag file names, is a checkpoint."""
+    try:
+        reader = (_tag_named(path) or path).reader()
     except UnreadableError:
         return False
     return any(candidate.recognises(reader) for candidate in sources())
+
+
+def _refuse_unused(path: Location, found: Checkpoint) -> None:
+    """Raises:
+    UnreadableError: a user passed a file that is no part of the checkpoint beside it.
+    """
+    if not path.is_file() or path.name in TAG_FILES or is_engines(path.name):
+        return
+    if not any(path.name in file.path.split("/") for file in found.files):
+        raise UnreadableError(
+            f"{path} is no part of the checkpoint beside it, which is {found.format}. If you mean that, "
+            f"pass its directory: {path.parent}."
+        )
 
 
 def _above(path: Location, directory: Location) -> tuple[str, ...]:
@@ -101,6 +166,7 @@ def open_checkpoint(place: Place) -> tuple[Reader, Checkpoint]:
             try:
                 with collecting.paused():
                     found = unwrapped_checkpoint(candidate.read(reader))
+                _refuse_unused(path, found)
                 notes = (*found.notes, *not_understood(reader, found), *_above(path, directory))
                 return reader, replace(found, notes=notes)
             except UnicodeEncodeError:  # a name that the locale cannot express
@@ -119,12 +185,11 @@ def open_checkpoint(place: Place) -> tuple[Reader, Checkpoint]:
     names = reader.list()
     if any(name in (adapters.CONFIG, *adapters.WEIGHTS) for name in names):
         raise UnreadableError(f"{directory} holds an adapter and no model. {adapters.MERGE}")
-    inside = [name for name in names if reader.is_directory(name) and _is_checkpoint(directory / name)]
+    inside = _checkpoints_in(directory)
     if inside:
-        shown = ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else "")
         raise UnreadableError(
-            f"{directory} is no checkpoint, but holds some: {shown}. Pass the one you mean, for example "
-            f"{directory / inside[0]}."
+            f"{directory} is no checkpoint and has no `latest` file, but holds "
+            f"{_offered(directory, inside)}"
         )
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
     raise UnreadableError(

@@ -33,8 +33,10 @@ def open_location(place: Place) -> Location:
     """Where a place is.
 
     Raises:
-        UsageError: it is a URL of an unknown scheme.
+        UsageError: it is a URL of an unknown scheme, or no text at all.
     """
+    if place == "":
+        raise UsageError("An empty path names nothing. Pass . for the directory you are in.")
     if isinstance(place, os.PathLike):
         return LocalLocation(Path(place))
     if not isinstance(place, str):
