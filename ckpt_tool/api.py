@@ -10,12 +10,14 @@ All raise ``ckpt_tool.CkptToolError`` with a message a user can act on.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_tool.canonical import Checkpoint, DType
+from ckpt_tool.canonical import Checkpoint, DType, Topology
 from ckpt_tool.comparison import Verdict, compare
 from ckpt_tool.conversion import Execution as Execution
 from ckpt_tool.conversion import (
@@ -38,9 +40,10 @@ from ckpt_tool.families.roots import misfit
 from ckpt_tool.formats.base import Request
 from ckpt_tool.formats.declaration import Target
 from ckpt_tool.formats.known import all_options, own_target, published_target, targets
-from ckpt_tool.formats.options import DTYPES, recorded, refuse_unknown
+from ckpt_tool.formats.options import DTYPES, EP, WORLD, recorded, refuse_unknown
 from ckpt_tool.formats.registry import locate, open_checkpoint
 from ckpt_tool.integrity import check, check_files
+from ckpt_tool.layout import LeftOut
 from ckpt_tool.manifest import read_manifest
 from ckpt_tool.model_files import (
     Found,
@@ -67,7 +70,9 @@ class Result:
     """What a conversion did, or with ``dry_run`` would do. Sizes in bytes.
 
     ``checked_bytes`` of the source were compared with its own checksums; ``unchecked_bytes`` were read and
-    were not, by the reason.
+    were not, by the reason. ``was`` and ``becomes`` are the ranks of source and target (None: any load it).
+    ``kept`` counts the elements that are carried over, by state. ``loading`` is the line that loads the
+    result.
     """
 
     source: str
@@ -83,6 +88,11 @@ class Result:
     verdict: Verdict | None = None
     checked_bytes: int = 0
     unchecked_bytes: Mapping[str, int] = field(default_factory=dict)
+    was: Topology = field(default_factory=Topology)
+    becomes: Topology | None = None
+    kept: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    loading: str = ""
 
     @property
     def disk_bytes(self) -> int:
@@ -166,6 +176,7 @@ def convert(
     Raises:
         CkptToolError: see the message; nothing is left under the target's name.
     """
+    began = time.monotonic()
     how = _how(how, max_memory)
     given = {
         "ep": ep, "world": world, "like": like, "style": style, "hf_layout": hf_layout,
@@ -189,6 +200,7 @@ def convert(
         if config is not None and model_config is not None:
             check_same_family(checkpoint.model_config, model_config)
         written = known.load()
+        original, was = checkpoint, checkpoint.topology
         republished = known.published and checkpoint.format == written.name
         files_left = left_behind(source, beside) if republished else ()
         values = known.values(given)
@@ -211,6 +223,16 @@ def convert(
         if dry_run and not how.overwrite and store_of(destination).is_taken(destination):
             raise UsageError(f"{destination} exists. Choose another destination, or pass --overwrite.")
         lacking = lacking_room(destination, plan.bytes_written) if dry_run else ""
+        unchanged = (
+            known.resharded
+            and written.name == checkpoint.format
+            and (was.world_size, was.ep_size) == _sizes(layout.topology)
+            and not any(
+                option.is_given(values[option.name])
+                for option in known.options
+                if option not in (EP, WORLD)
+            )
+        )
         if not dry_run:
             check_replicas(checkpoint, reader, budget)
             outcome = carry_out(plan, reader, checkpoint, destination, wanted, how, budget, verify)
@@ -226,11 +248,43 @@ def convert(
         peak_memory_bytes=budget.nbytes(plan.largest_block),
         left_out={one.label: one.reason for one in plan.left_out},
         casts=tuple((cast.label, cast.source, cast.target) for cast in plan.casts),
-        notes=(*layout.notes, *files_left, *outcome.notes, *([lacking] if lacking else [])),
+        notes=(
+            *([_UNCHANGED] if unchanged else []),
+            *layout.notes,
+            *files_left,
+            *outcome.notes,
+            *([lacking] if lacking else []),
+        ),
         verdict=outcome.verdict,
         checked_bytes=outcome.checked.right if outcome.checked else 0,
         unchecked_bytes=outcome.checked.others if outcome.checked else {},
+        was=was,
+        becomes=layout.topology,
+        kept=_kept(original, plan.left_out),
+        seconds=time.monotonic() - began,
+        loading=layout.loading.replace("{target}", str(open_location(target))),
     )
+
+
+_UNCHANGED = (
+    "Nothing changes: the ranks stay as they are, and so do all values. Pass --ep or --world for others."
+)
+
+
+def _sizes(topology: Topology | None) -> tuple[int | None, int | None] | None:
+    return None if topology is None else (topology.world_size, topology.ep_size)
+
+
+def _kept(source: Checkpoint, left_out: Iterable[LeftOut]) -> dict[str, int]:
+    """How many elements of each state are carried over: names and stacks differ at the target, their
+    elements do not."""
+    held = Counter[str]()
+    for tensor in source.tensors:
+        held[tensor.state] += tensor.numel
+    for one in left_out:
+        if one.tensor is not None:
+            held[one.tensor.state] -= one.tensor.numel
+    return {state: count for state, count in held.items() if count > 0}
 
 
 def reshard(

@@ -28,7 +28,6 @@ from ckpt_tool.formats.known import all_options, published_target, targets
 from ckpt_tool.formats.options import EP, LIKE, WEIGHTS_ONLY, WORLD
 
 if TYPE_CHECKING:
-    from ckpt_tool.api import Result
     from ckpt_tool.comparison import Verdict
     from ckpt_tool.report import Progress
     from ckpt_tool.values import Difference
@@ -202,7 +201,7 @@ def convert(
     run: Writing,
 ) -> None:
     """Write a checkpoint in another format."""
-    from ckpt_tool import api
+    from ckpt_tool import api, results
 
     with _progress("convert", run.quiet or run.json) as progress:
         result = api.convert(
@@ -217,7 +216,7 @@ def convert(
             **given,
         )
         progress.close()
-        _print_result(result, run)
+        results.show(result, dry_run=run.dry_run, json=run.json, quiet=run.quiet)
 
 
 @app.command(
@@ -230,14 +229,14 @@ def convert(
 @spread(EP, WORLD, LIKE, WEIGHTS_ONLY)
 def reshard(src: Source, dst: Destination, given: Given, run: Writing) -> None:
     """Write a checkpoint in its own format for another EP size or number of ranks; it resumes exactly."""
-    from ckpt_tool import api
+    from ckpt_tool import api, results
 
     with _progress("reshard", run.quiet or run.json) as progress:
         result = api.reshard(
             src, dst, verify=run.verify, dry_run=run.dry_run, how=run.execution(progress), **given
         )
         progress.close()
-        _print_result(result, run)
+        results.show(result, dry_run=run.dry_run, json=run.json, quiet=run.quiet)
 
 
 @app.command(
@@ -258,7 +257,7 @@ def consolidate(
     run: Writing,
 ) -> None:
     """Write Hugging Face safetensors for `from_pretrained`: fp32 from the masters by default."""
-    from ckpt_tool import api
+    from ckpt_tool import api, results
 
     with _progress("consolidate", run.quiet or run.json) as progress:
         result = api.consolidate(
@@ -272,7 +271,7 @@ def consolidate(
             **given,
         )
         progress.close()
-        _print_result(result, run)
+        results.show(result, dry_run=run.dry_run, json=run.json, quiet=run.quiet)
 
 
 @app.command(
@@ -368,75 +367,6 @@ def _progress(label: str, quiet: bool) -> Progress:
     from ckpt_tool.report import Progress
 
     return Progress(label, quiet=quiet, resumable=label not in ("check", "doctor", "verify"))
-
-
-def _print_result(result: Result, run: Writing) -> None:
-    from ckpt_tool import report
-
-    if run.json:
-        report.print_json(
-            {
-                "source": result.source,
-                "source_format": result.source_format,
-                "target": result.target,
-                "dry_run": run.dry_run,
-                "bytes_read": result.bytes_read,
-                "bytes_written": result.bytes_written,
-                "files": result.files,
-                "checked_bytes": result.checked_bytes,
-                "unchecked_bytes": dict(result.unchecked_bytes),
-                "peak_memory_bytes": result.peak_memory_bytes,
-                "disk_bytes": result.disk_bytes,
-                "left_out": dict(result.left_out),
-                "casts": [list(cast) for cast in result.casts],
-                "notes": list(result.notes),
-                "verified": result.verdict.passed if result.verdict else None,
-            }
-        )
-        return
-    if run.quiet:
-        return
-    fields = [
-        ("source", f"{result.source} ({result.source_format})"),
-        ("target", result.target),
-        ("files", f"{result.files:,}"),
-        ("read", report.human_bytes(result.bytes_read)),
-        ("written", report.human_bytes(result.bytes_written)),
-        ("buffers", f"{report.human_bytes(result.peak_memory_bytes)} at most"),
-    ]
-    if run.dry_run:
-        fields.append(("disk", f"{report.human_bytes(result.disk_bytes)} needed"))
-    if result.checked_bytes or result.unchecked_bytes:
-        fields.append(("checked", _checked(result)))
-    if result.casts:
-        kinds = sorted({f"{source} -> {target}" for _, source, target in result.casts})
-        fields.append(("cast", f"{len(result.casts)} tensors, {', '.join(kinds)}"))
-    for reason in sorted(set(result.left_out.values())):
-        count = sum(1 for why in result.left_out.values() if why == reason)
-        fields.append(("left out", f"{count} tensors: {reason}"))
-    if result.verdict:
-        fields.append(
-            (
-                "verified",
-                f"{result.verdict.tensors} tensors, {report.human_bytes(result.verdict.bytes_compared)}, "
-                f"equal {'after rounding' if result.casts else 'bit for bit'}",
-            )
-        )
-    report.print_fields("Plan (nothing was written)" if run.dry_run else "Done", fields)
-    for note in result.notes + (result.verdict.notes if result.verdict else ()):
-        report.say(f"note: {note}")
-
-
-def _checked(result: Result) -> str:
-    """What of the source was compared with its own checksums, and why the rest was not."""
-    from ckpt_tool import report
-
-    said = [f"{report.human_bytes(result.checked_bytes)} of the source, by its own checksums"]
-    said += [
-        f"not {report.human_bytes(size)}: {why}"
-        for why, size in sorted(result.unchecked_bytes.items(), key=lambda item: -item[1])
-    ]
-    return "; ".join(said)
 
 
 def _print_verdict(verdict: Verdict, *, compared: bool, json: bool, quiet: bool) -> None:

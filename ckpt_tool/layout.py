@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ckpt_tool.canonical import DType, Tensor
+from ckpt_tool.canonical import DType, Tensor, Topology
 
 # The copy of a whole tensor that is part of an object (client state, a buffer in a module's dict): as
 # often as the object has it, and the object as often as it is written. Parameters are never written so.
@@ -131,12 +131,15 @@ class Layout:
     """All files of a target, and what the user is to know about it.
 
     ``left_out`` are the tensors of the source that the target has no place for. ``notes`` are sentences for
-    the report.
+    the report. ``topology`` is the ranks that the target is for, None where any load it. ``loading`` is the
+    line that loads it, in which ``{target}`` stands for its path.
     """
 
     files: Sequence[Description]
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
+    topology: Topology | None = None
+    loading: str = ""
 
     def laid_out(self) -> Iterator[TargetFile]:
         """File by file; whoever keeps none holds one at a time."""

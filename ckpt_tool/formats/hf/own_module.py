@@ -53,7 +53,9 @@ def layout(checkpoint: Checkpoint, options: HfOptions) -> Layout:
             f"{len(aliases)} tied tensors are stored once, under one of their names (such as {first}, "
             f"which is {aliases[first]}). `safetensors.torch.load_model` ties them again."
         )
-    return Layout(tuple(files), left_out(states, _NO_STATE), (*checkpoint.notes, *notes))
+    first = next(iter(parts))
+    line = f'safetensors.torch.load_model(model, "{{target}}/{first}")' if len(parts) == 1 else ""
+    return Layout(tuple(files), left_out(states, _NO_STATE), (*checkpoint.notes, *notes), loading=line)
 
 
 def _refuse_experts(checkpoint: Checkpoint) -> None:

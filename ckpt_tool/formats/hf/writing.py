@@ -55,7 +55,15 @@ def layout(checkpoint: Checkpoint, options: HfOptions) -> Layout:
     used = {id(tensor) for tensor in values}
     states = [tensor for tensor in published.tensors if id(tensor) not in used]
     left = (*left_out(states, _NO_STATE), *unpublishable(checkpoint, family))
-    return Layout(tuple(files), left, (*published.notes, *notes))
+    return Layout(tuple(files), left, (*published.notes, *notes), loading=_loading(config))
+
+
+def _loading(config: Mapping[str, Any]) -> str:
+    """The line that loads the model; one with code of its own is left to its name in ``auto_map``."""
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    known = isinstance(first, str) and first.isidentifier() and "auto_map" not in config
+    return f'transformers.{first if known else "AutoModelForCausalLM"}.from_pretrained("{{target}}")'
 
 
 # ---- tensors

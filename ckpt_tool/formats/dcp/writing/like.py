@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_tool.canonical import WEIGHT, Checkpoint, DType, Scalar, Tensor
+from ckpt_tool.canonical import MASTER, WEIGHT, Checkpoint, DType, Scalar, Tensor
 from ckpt_tool.containers.dcp_metadata import Path
 from ckpt_tool.containers.torch_zip import Inline
 from ckpt_tool.errors import MismatchError
@@ -22,6 +22,7 @@ from ckpt_tool.formats.dcp.writing.files import (
     object_or_archive,
     sharded_model,
 )
+from ckpt_tool.formats.dcp.writing.loading import loading
 from ckpt_tool.formats.dcp.writing.names import Styled, styled
 from ckpt_tool.formats.dcp.writing.options import stated_options
 from ckpt_tool.formats.dcp.writing.target_options import DcpOptions
@@ -59,7 +60,9 @@ def like_layout(checkpoint: Checkpoint, options: DcpOptions) -> Layout:
     own = [note for note in carried.notes if left or not note.startswith(ONLY_HERE)]
     config = carried_config(checkpoint) if checkpoint.dialect == template.dialect else []
     files = (*carried.files, *config, *_descriptions(hint, items))
-    return Layout(files, left, (*own, *found.notes, *filler.notes()))
+    optimizer = any(tensor.state not in (WEIGHT, MASTER) for tensor in template.tensors)
+    notes = (*own, *found.notes, *filler.notes())
+    return Layout(files, left, notes, template.topology, loading(hint.scheme, optimizer=optimizer))
 
 
 def _check_files(hint: Hint, root: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ckpt_tool.canonical import MASTER, WEIGHT, Checkpoint, DType, Role, Tensor
+from ckpt_tool.canonical import MASTER, WEIGHT, Checkpoint, DType, Role, Tensor, Topology
 from ckpt_tool.containers.dcp_metadata import Path
 from ckpt_tool.containers.torch_zip import torch_file
 from ckpt_tool.errors import UsageError
@@ -38,6 +38,7 @@ from ckpt_tool.formats.dcp.writing.files import (
     sharded_model,
 )
 from ckpt_tool.formats.dcp.writing.like import like_layout
+from ckpt_tool.formats.dcp.writing.loading import loading
 from ckpt_tool.formats.dcp.writing.names import TITAN, Styled, dialect_of, styled
 from ckpt_tool.formats.dcp.writing.options import dropped_options, merged_groups, own_options
 from ckpt_tool.formats.dcp.writing.target_options import DcpOptions
@@ -203,7 +204,9 @@ class _Builder:
             self._add_directory(scheme.optimizer_directory, others)
         # A directory without metadata is an unfinished one to every loader: it is written last.
         files = (*self._files, *self._metadata)
-        return Layout(files, self._found.left_out, tuple(self._notes))
+        topology = Topology(self._world, self._ep, self._world // self._ep)
+        line = loading(scheme, optimizer=any(state != WEIGHT for _, state in self._found.tensors))
+        return Layout(files, self._found.left_out, tuple(self._notes), topology, line)
 
     def _add_directory(self, directory: str, items: Sequence[Item]) -> None:
         files, metadata = dcp_directory(

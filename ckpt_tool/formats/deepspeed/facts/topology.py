@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ckpt_tool.canonical import Checkpoint
+from ckpt_tool.canonical import Checkpoint, Topology
 from ckpt_tool.errors import UsageError
 from ckpt_tool.formats.deepspeed.facts.target_options import ZeroOptions
 
@@ -25,6 +25,10 @@ class Ranks:
     def edp(self) -> int:
         """Ranks that share one EP rank's experts."""
         return self.world // self.ep
+
+    def topology(self, stage: int) -> Topology:
+        """The same, as a catalogue has it."""
+        return Topology(self.world, self.ep, self.edp, stage)
 
     def ep_rank(self, rank: int) -> int:
         return rank // self.edp if self.data_first else rank % self.ep

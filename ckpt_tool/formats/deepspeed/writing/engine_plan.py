@@ -70,6 +70,13 @@ def notes(checkpoint: Checkpoint, *, weights_only: bool) -> tuple[str, ...]:
     return tuple(found)
 
 
+def loading(checkpoint: Checkpoint, *, weights_only: bool) -> str:
+    """The line that loads a DeepSpeed target of this source."""
+    bare = weights_only or all(tensor.state in (MASTER, WEIGHT) for tensor in checkpoint.tensors)
+    options = ", load_module_only=True, load_optimizer_states=False" if bare else ""
+    return f'engine.load_checkpoint("{{target}}"{options})'
+
+
 class EnginePlan:
     """Who is grouped with whom at the target, and what each group holds: common to all ZeRO stages.
 

@@ -46,7 +46,7 @@ from ckpt_tool.formats.deepspeed.reading.universal_source import (
     SOURCE,
     read_universal,
 )
-from ckpt_tool.formats.deepspeed.writing.engine_plan import optimizer_state, shadowed_weights
+from ckpt_tool.formats.deepspeed.writing.engine_plan import loading, optimizer_state, shadowed_weights
 from ckpt_tool.formats.deepspeed.writing.preparing import prepare_universal
 from ckpt_tool.layout import Layout, TargetFile, text_file, whole
 from ckpt_tool.storage import Reader
@@ -117,7 +117,9 @@ class Universal:
         model = _model_state(checkpoint)
         files += [torch_file(f"{tag}/{name}", model) for name in MODEL_FILES]
         files.append(text_file(_LATEST, tag))
-        return Layout(tuple(files), left, _notes(checkpoint, options))
+        line = loading(checkpoint, weights_only=options.weights_only)
+        line = f'"checkpoint": {{"load_universal": true}} in the DeepSpeed config, then {line}'
+        return Layout(tuple(files), left, _notes(checkpoint, options), loading=line)
 
     def _optimizer(self, checkpoint: Checkpoint, options: UniversalOptions) -> dict[str, Any]:
         groups = checkpoint.training.param_groups

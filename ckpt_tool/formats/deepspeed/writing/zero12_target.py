@@ -24,7 +24,7 @@ from ckpt_tool.formats.deepspeed.facts.groups import SubGroup
 from ckpt_tool.formats.deepspeed.facts.scalars import saved_scalar
 from ckpt_tool.formats.deepspeed.facts.target_options import ZeroOptions
 from ckpt_tool.formats.deepspeed.facts.topology import target_ranks
-from ckpt_tool.formats.deepspeed.writing.engine_plan import EnginePlan, notes, refuse_unsuitable
+from ckpt_tool.formats.deepspeed.writing.engine_plan import EnginePlan, loading, notes, refuse_unsuitable
 from ckpt_tool.formats.deepspeed.writing.preparing import prepare_zero
 from ckpt_tool.formats.deepspeed.writing.saved_objects import (
     as_template_says,
@@ -61,6 +61,8 @@ class Zero12Target:
             _Files(plan, self._stage, tag).descriptions(),
             plan.left_out(),
             notes(checkpoint, weights_only=options.weights_only),
+            plan.ranks.topology(self._stage),
+            loading(checkpoint, weights_only=options.weights_only),
         )
 
 

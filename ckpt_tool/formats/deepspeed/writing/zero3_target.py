@@ -26,7 +26,7 @@ from ckpt_tool.formats.deepspeed.facts.partition import partition_size
 from ckpt_tool.formats.deepspeed.facts.scalars import saved_scalar
 from ckpt_tool.formats.deepspeed.facts.target_options import ZeroOptions
 from ckpt_tool.formats.deepspeed.facts.topology import target_ranks
-from ckpt_tool.formats.deepspeed.writing.engine_plan import EnginePlan, notes, refuse_unsuitable
+from ckpt_tool.formats.deepspeed.writing.engine_plan import EnginePlan, loading, notes, refuse_unsuitable
 from ckpt_tool.formats.deepspeed.writing.preparing import prepare_zero
 from ckpt_tool.formats.deepspeed.writing.saved_objects import as_template_says, saved_objects, shape_type
 from ckpt_tool.layout import Description, Layout, Slot, TargetFile, text_file
@@ -53,6 +53,8 @@ class Zero3Target:
             _Files(plan, tag).descriptions(),
             plan.left_out(),
             notes(checkpoint, weights_only=options.weights_only),
+            plan.ranks.topology(3),
+            loading(checkpoint, weights_only=options.weights_only),
         )
 
 
