@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from ckpt_tool.errors import UsageError
-from ckpt_tool.journal import Run, boot, file_entry, read_journal
+from ckpt_tool.journal import Run, boot, file_entry, journal_line, read_journal
 from ckpt_tool.manifest import manifest_bytes
 from ckpt_tool.replacing import Judge, nothing_owned
 from ckpt_tool.storage import Location, Token, Writer
@@ -139,7 +139,7 @@ class Staging:
     def _record(self, entry: Mapping[str, Any], *, durable: bool = False) -> None:
         """Add a line. That a file is complete need not be ``durable``: lost, it costs writing one file
         again, and the data it speaks of is. What takes such a line back has to be."""
-        self.area.record(json.dumps(entry).encode() + b"\n", durable=durable)
+        self.area.record(journal_line(entry), durable=durable)
 
     def publish(self) -> None:
         """Give the result its final name, with a manifest in it.

@@ -130,7 +130,7 @@ def carry_out(
             reader.states(),
             lambda: ((file.path, sources_of(file)) for file in plan.files if is_done(file)),
         )
-        _discard_changed(staging, budget, how.meter)
+        _discard_changed(staging, plan, budget, how.meter)
         resumed = bool(staging.done)
         left = plan.bytes_written - sum(file.size for file in staging.done.values())
         check_room(destination, left)
@@ -170,9 +170,12 @@ def carry_out(
     return Outcome(verdict, (), checking.result(resumed=resumed, all_else=verify_result))
 
 
-def _discard_changed(staging: Staging, budget: Budget, meter: Meter) -> None:
+def _discard_changed(staging: Staging, plan: Plan, budget: Budget, meter: Meter) -> None:
     """Have what an earlier run completed written again where it is not what that run wrote: its size and
-    the journal say that it was complete, not that it still is."""
+    the journal say that it was complete, not that it still is. What the plan does not write is no part of
+    the result, whatever the journal says."""
+    sizes = {file.path: file.size for file in plan.files}
+    staging.discard([path for path, file in staging.done.items() if sizes.get(path) != file.size])
     if not staging.done:
         return
     written = staging.location.reader()

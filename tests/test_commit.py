@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from ckpt_tool import api, commit
 from ckpt_tool.commit import Staging
 from ckpt_tool.errors import ExecutionError, UnreadableError, UsageError
+from ckpt_tool.journal import journal_line
 from ckpt_tool.manifest import JOURNAL, MANIFEST, read_manifest
 from ckpt_tool.stores import local_area
 from ckpt_tool.stores.local_area import LocalArea
@@ -763,6 +765,8 @@ def test_a_line_of_the_journal_that_makes_no_sense(line: str, tmp_path: Path) ->
     (tmp_path / "precious").write_text("12345678")
     staging = staged(tmp_path / "out")
     os.close(area_of(staging)._journal)
+    with suppress(ValueError, TypeError, RecursionError):  # some are no entry that could have a checksum
+        line = journal_line(json.loads(line)).decode().rstrip()
     with (area_of(staging).path / JOURNAL).open("a") as journal:
         journal.write(line + "\n")
     again = staged(tmp_path / "out")

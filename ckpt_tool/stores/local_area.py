@@ -131,8 +131,9 @@ class LocalArea:
         return not file.is_symlink() and file.is_file() and file.stat().st_size == size
 
     def remove_all_but(self, kept: Collection[str]) -> set[str]:
-        removed = set()
+        removed, directories = set(), []
         for directory, below, names in os.walk(self.path, onerror=_raise):
+            directories.append(Path(directory))
             # A link to a directory is no directory of ours: what is written below it would be elsewhere.
             links = [name for name in below if (Path(directory) / name).is_symlink()]
             below[:] = [name for name in below if name not in links]
@@ -141,10 +142,19 @@ class LocalArea:
                 if relative != JOURNAL and (relative not in kept or path.is_symlink()):
                     removed.add(relative)
                     path.unlink()
+        for empty in reversed(directories[1:]):  # would be published
+            with contextlib.suppress(OSError):
+                empty.rmdir()
         return removed
 
     def remove(self, path: str) -> None:
-        (self.path / path).unlink(missing_ok=True)
+        """Also where a directory has taken the file's place, or a file that of a directory above it."""
+        place = self.path / path
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            with contextlib.suppress(NotADirectoryError):
+                place.unlink(missing_ok=True)
 
     def sync(self, path: str) -> None:
         try:

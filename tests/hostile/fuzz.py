@@ -9,6 +9,7 @@ than 5 s of CPU, and all together not more than 500 MB beyond what honest inputs
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import resource
@@ -30,7 +31,7 @@ from ckpt_tool.containers.safetensors import SafetensorsFile
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.formats.registry import open_checkpoint
-from ckpt_tool.journal import read_journal
+from ckpt_tool.journal import journal_line, read_journal
 from ckpt_tool.json_file import read_json
 from ckpt_tool.manifest import JOURNAL, MANIFEST, read_manifest
 from ckpt_tool.storage import LocalReader
@@ -63,7 +64,17 @@ def read(folder: Path) -> object:
 
 
 def _read_journal(folder: Path) -> object:
-    return read_journal((folder / JOURNAL).read_bytes())
+    data = (folder / JOURNAL).read_bytes()
+    return read_journal(data), read_journal(b"".join(map(_with_its_sum, data.splitlines(keepends=True))))
+
+
+def _with_its_sum(line: bytes) -> bytes:
+    """Else a changed line is told by its checksum, and nothing behind that would be shown."""
+    try:
+        entry = json.loads(line)
+        return journal_line({key: entry[key] for key in entry if key != "sum"})
+    except (ValueError, TypeError, RecursionError):
+        return line
 
 
 def _copy(source: Path) -> Callable[[Path], object]:
@@ -84,13 +95,11 @@ def _journal(folder: Path) -> None:
     """What a conversion's journal says, and its manifest."""
     api.convert(checkpoint_of("dense_w3"), folder, to="universal")
     lines = (folder / MANIFEST).read_bytes()
-    import json
-
     manifest = json.loads(lines)
     files = manifest.pop("files")
     run = {"run": {"synced": True, "boot": "x", "sources": [["a.pt", 1, 2, 3, 4]]}}
     entries = [manifest, run, *files, {"discarded": [files[0]["path"]]}]
-    (folder / JOURNAL).write_bytes(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+    (folder / JOURNAL).write_bytes(b"".join(map(journal_line, entries)))
 
 
 def _read_archives(folder: Path) -> object:
