@@ -218,7 +218,10 @@ class _Rank:
             "global_samples": 8 * save.step,
             "dp_world_size": save.world,
             "mp_world_size": 1,
-            "ds_config": {"zero_optimization": {"stage": 3}},
+            "ds_config": {
+                "zero_optimization": {"stage": 3},
+                "use_data_before_expert_parallelism": self._save.data_before_expert,
+            },
             "ds_version": "0.19.8",
         }
         if full.layers:
@@ -248,8 +251,8 @@ class _Rank:
             "ep_rank": self.ep_rank,
             "expert_data_parallel_rank": self.edp_rank,
             "expert_data_parallel_world_size": self.edp,
-            "global_expert_start": own[0] if own else 0,
-            "global_expert_end": own[-1] + 1 if own else 0,
+            "global_expert_start": self.ep_rank * len(own),  # as the engine states it, of any placement
+            "global_expert_end": self.ep_rank * len(own) + len(own),
         }
         if self._save.with_placement:
             entry["expert_placement"] = {
@@ -304,7 +307,8 @@ class _Rank:
         }
         if self._full.layers:
             zero["ds_zero_partition_groups"] = cuts
-        return {"optimizer_state_dict": zero, "ds_config": {}, "ds_version": "0.19.8"}
+        flag = {"use_data_before_expert_parallelism": save.data_before_expert}
+        return {"optimizer_state_dict": zero, "ds_config": flag, "ds_version": "0.19.8"}
 
 
 def _sizes(group: Mapping[str, tuple[int, ...]]) -> OrderedDict[str, torch.Size]:

@@ -51,21 +51,28 @@ def zero3(directory: Path) -> Values:
 
 
 def zero12(directory: Path) -> Values:
-    """The ranks' parts of each group one after the other, then cut into parameters; EP ranks alternate."""
+    """The ranks' parts of each group one after the other, then cut into parameters; EP ranks alternate, or
+    come one after the other where data parallelism is the inner order."""
     (tag,) = directory.glob("global_step*")
     model, found = load(tag / "mp_rank_00_model_states.pt"), dict[tuple[str, str], list[torch.Tensor]]()
     files = [
         tag / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(model["dp_world_size"])
     ]
     ranks = [load(file)["optimizer_state_dict"] for file in files]
+    data_first = model["ds_config"].get("use_data_before_expert_parallelism", False)
     for group, shapes in enumerate(model["param_shapes"]):
         ep = len(ranks) // ranks[0]["partition_count"][group]
         for state in STATES:
             for ep_rank in range(ep):
-                flat = torch.cat([zero12_part(rank, group, state) for rank in ranks[ep_rank::ep]])
+                own = (
+                    ranks[ep_rank * len(ranks) // ep :][: len(ranks) // ep]
+                    if data_first
+                    else ranks[ep_rank::ep]
+                )
+                flat = torch.cat([zero12_part(rank, group, state) for rank in own])
                 for name, shape in shapes.items():
-                    own, flat = flat[: math.prod(shape)], flat[math.prod(shape) :]
-                    found.setdefault((name, state), []).append(own.reshape(shape))
+                    part, flat = flat[: math.prod(shape)], flat[math.prod(shape) :]
+                    found.setdefault((name, state), []).append(part.reshape(shape))
     values = {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in found.items()}
     weights = {**model["module"]}
     for file in sorted(tag.glob("layer_*_expert_*"), key=lambda file: int(file.name.split("_")[3])):

@@ -37,6 +37,7 @@ ADVICE = re.compile(
     r"not supported|does not read|reads version|knows version|cannot be repaired)\b",
     re.IGNORECASE,
 )
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "deepspeed"
 LAYER = Layer(0, uniform(4, 2), 3, 2)
 DENSE = {"model.embed.weight": (7, 3), "model.norm.weight": (3,)}
 
@@ -60,6 +61,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tag(made: Path, tmp_path: Path) -> Path:
     """A copy of it to damage."""
     return Path(shutil.copytree(made, tmp_path / "source" / made.name))
+
+
+@pytest.fixture
+def two_layers(tmp_path: Path) -> Path:
+    """A sound checkpoint of two MoE layers: world 4, EP 2."""
+    layers = [Layer(number, uniform(4, 2), 3, 2) for number in range(2)]
+    return synthetic.write(tmp_path / "two", synthetic.model(DENSE, layers), Save(world=4))
 
 
 @pytest.fixture
@@ -303,7 +311,7 @@ def test_world_size_differs_in_all_files(tag: Path) -> None:
 def test_model_and_optimizer_file_of_rank_1_in_rank_0s_place(tag: Path) -> None:
     for name in (model_file, optim_file):
         shutil.copy(tag / name(1), tag / name(0))
-    refused(tag, MismatchError, optim_file(0), advice=False)
+    refused(tag, MismatchError, model_file(0), "EP rank 1")
 
 
 def test_optimizer_file_of_rank_1_in_rank_0s_place(tag: Path) -> None:
@@ -751,8 +759,96 @@ def test_expert_range_that_contradicts_the_ep_rank_without_a_placement(tag: Path
 
 def test_two_ranks_own_the_same_partition_of_the_same_experts(tag: Path) -> None:
     """Rank 1 says it is EP rank 0: experts 0 and 1 would be owned twice, 2 and 3 by half."""
-    edit_entry(tag, [1], lambda entry: entry.update(ep_rank=0))
-    refused(tag, MismatchError, model_file(0), model_file(1), advice=False)
+    claim = {"ep_rank": 0, "global_expert_start": 0, "global_expert_end": 2}
+    edit_entry(tag, [1], lambda entry: entry.update(claim))
+    refused(tag, MismatchError, model_file(1), "EP rank 0")
+
+
+def test_ep_rank_of_one_layer_that_the_others_contradict(two_layers: Path) -> None:
+    claim = {"ep_rank": 0, "global_expert_start": 0, "global_expert_end": 2}
+    other = {"ep_rank": 1, "global_expert_start": 2, "global_expert_end": 4}
+
+    def change(rank: int, stated: dict[str, int]) -> None:
+        edit(two_layers / model_file(rank), lambda states: states["ds_autoep_layers"][1].update(stated))
+
+    for rank in range(4):  # each expert still has as many owners as it should
+        change(rank, claim if rank % 2 else other)
+    refused(two_layers, MismatchError, model_file(0), "model.layers.1.mlp.experts", "EP rank 1")
+
+
+def test_experts_that_start_elsewhere_than_their_ep_rank_says(tag: Path) -> None:
+    edit_entry(tag, [1, 3], lambda entry: entry.update(global_expert_start=0, global_expert_end=2))
+    refused(tag, MismatchError, model_file(1), "experts 0 to 2")
+
+
+def test_experts_in_another_order_on_one_ep_rank(tag: Path) -> None:
+    """w1 and w3 are of one size: nothing but the order tells them apart."""
+
+    def swapped(content: Any) -> None:
+        group = content["param_shapes"][-1]
+        experts = dict(zip(["w3", "w2", "w1"], group.items(), strict=True))
+        group.clear()
+        group.update(experts[weight] for weight in ("w1", "w2", "w3"))
+
+    for rank in (0, 2):
+        edit(tag / model_file(rank), swapped)
+    refused(tag, MismatchError, model_file(1), "different orders")
+
+
+def test_order_of_ranks_that_one_of_two_configs_says(tag: Path) -> None:
+    flag = {"use_data_before_expert_parallelism": True}
+    edit(tag / optim_file(0), lambda states: states["ds_config"].update(flag))
+    refused(tag, MismatchError, optim_file(0), "use_data_before_expert_parallelism")
+
+
+def test_order_of_ranks_that_both_configs_say_and_no_rank_has(tag: Path) -> None:
+    flag = {"use_data_before_expert_parallelism": True}
+    for name in (model_file(0), optim_file(0)):
+        edit(tag / name, lambda states: states["ds_config"].update(flag))
+    refused(tag, MismatchError, model_file(1), "EP rank 1")
+
+
+def test_layers_numbered_in_another_order(two_layers: Path) -> None:
+    """The engine names expert files of ZeRO-1 and 2 by that number."""
+
+    def swapped(states: Any) -> None:
+        first, second = states["ds_autoep_layers"]
+        first["moe_layer_id"], second["moe_layer_id"] = 1, 0
+
+    for rank in range(4):
+        edit(two_layers / model_file(rank), swapped)
+    refused(two_layers, UnreadableError, model_file(0), "moe_layer_id")
+
+
+@pytest.fixture
+def engines(tmp_path: Path) -> Path:
+    """What the engine saved, affine maps and universal_checkpoint_info included."""
+    saved = next((FIXTURES / "mixtral_w4e2" / "checkpoint").glob("global_step*"))
+    return Path(shutil.copytree(saved, tmp_path / "source" / saved.name))
+
+
+def test_placement_and_affine_maps_that_contradict_each_other(engines: Path) -> None:
+    """The engine refuses it: autoep_affine.autoep_metadata_to_affine_map."""
+
+    def turned(states: Any) -> None:
+        for entry in states["ds_autoep_layers"]:
+            placed = entry["expert_placement"]["ranks"]
+            ranks = [{"rank": item["rank"], "experts": item["experts"][::-1]} for item in placed]
+            entry["expert_placement"] = {**entry["expert_placement"], "ranks": ranks}
+
+    for rank in range(4):
+        edit(engines / model_file(rank), turned)
+    refused(engines, MismatchError, model_file(0), "affine_maps")
+
+
+def test_affine_map_of_another_shape(engines: Path) -> None:
+    def taller(states: Any) -> None:
+        for entry in states["ds_autoep_layers"]:
+            maps = entry["affine_maps"]["params"]
+            next(iter(maps.values()))["logical_shape"][1] += 1
+
+    edit(engines / model_file(2), taller)
+    refused(engines, MismatchError, model_file(2), "affine_maps")
 
 
 def test_ep_rank_beyond_the_placement(tag: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.names import PROJECTION_OF
 from ckpt_tool.formats.deepspeed.facts.partition import expert_holders
+from ckpt_tool.formats.deepspeed.facts.topology import Ranks
 from ckpt_tool.formats.deepspeed.reading.rank_files import RankFiles
 
 Entry = Mapping[str, Any]
@@ -53,6 +54,7 @@ class AutoEP:
         for files in ranks:
             for prefix in self.layers:
                 self._check_same_layer(files, self.entry(files, prefix), prefix)
+            self._check_place(files, len(ranks))
 
     def entry(self, files: RankFiles, prefix: str) -> Entry:
         """What a rank says of a layer."""
@@ -91,6 +93,12 @@ class AutoEP:
         found = {entry["expert_key_prefix"]: entry for entry in entries}
         if len(found) != len(entries):
             raise UnreadableError(f"{where}: ds_autoep_layers lists a layer twice.")
+        numbers = [entry["moe_layer_id"] for entry in entries]
+        if numbers != list(range(len(entries))):
+            raise UnreadableError(
+                f"{where}: ds_autoep_layers numbers its layers {numbers[:8]} (moe_layer_id), the engine "
+                "counts them from 0 in the model's order. The metadata is damaged; copy the file again."
+            )
         return found
 
     def _check_same_layer(self, files: RankFiles, entry: Entry, prefix: str) -> None:
@@ -111,11 +119,38 @@ class AutoEP:
                 f"{entry['num_local_experts']}; the placement gives it {len(own)}."
             )
         span = (entry["global_expert_start"], entry["global_expert_end"])
-        if "expert_placement" not in entry and span != (own[0], own[-1] + 1):
+        start = entry["ep_rank"] * len(own)  # of any placement: deepspeed 0.19.8, runtime/engine.py
+        if span != (start, start + len(own)):
             raise MismatchError(
                 f"{where}: EP rank {entry['ep_rank']} of {prefix} states experts {span[0]} to {span[1]}; "
-                f"a uniform placement gives it {own[0]} to {own[-1] + 1}."
+                f"{len(own)} experts on each rank make it {start} to {start + len(own)}. The metadata "
+                "contradicts itself; copy the file again."
             )
+        if entry["moe_layer_id"] != known["moe_layer_id"] or entry["module_path"] != known["module_path"]:
+            raise MismatchError(
+                f"{where}: {prefix} is layer {entry['moe_layer_id']} ({entry['module_path']}); in "
+                f"{self._first.model_file} it is {known['moe_layer_id']} ({known['module_path']}). They "
+                "are not of the same save; copy the checkpoint again."
+            )
+
+    def _check_place(self, files: RankFiles, world: int) -> None:
+        """Each layer's EP rank is the one that the file's rank has in that topology."""
+        config = self._first.engine.get("ds_config") or {}
+        data_first = bool(config.get("use_data_before_expert_parallelism", False))
+        for prefix, entry in self.entries[files.rank].items():
+            ep_size = entry["ep_size"]
+            if world % ep_size:
+                continue  # refused where the partitions are looked at, with the numbers
+            ranks = Ranks(world, ep_size, data_first)
+            wanted = (ranks.ep_rank(files.rank), ranks.edp_rank(files.rank))
+            found = (entry["ep_rank"], entry["expert_data_parallel_rank"])
+            if found != wanted:
+                raise MismatchError(
+                    f"{self._where(files)} is of EP rank {found[0]} and expert-data-parallel rank "
+                    f"{found[1]} by its {prefix}; rank {files.rank} of {world} at EP size {ep_size} is EP "
+                    f"rank {wanted[0]}, expert-data-parallel rank {wanted[1]}. The file is in another "
+                    "rank's place, or its metadata is damaged; copy it again."
+                )
 
 
 def _check_entry(entry: Entry, where: str) -> None:

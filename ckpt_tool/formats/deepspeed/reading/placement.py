@@ -54,6 +54,7 @@ class Placement:
             self.places.append(self._placed(files, tuple(count for count, _ in cuts)))
             self.partitions.append(tuple(own for _, own in cuts))
         self._check_same_names()
+        self._check_same_order()
 
     def group(self, ranks: tuple[int, ...]) -> Group:
         """Ranks that share tensors, by their partitions of them."""
@@ -177,6 +178,41 @@ class Placement:
                     f"parameters: {differing[:5]}. They are not of the same save; copy the checkpoint "
                     "again."
                 )
+
+    def _check_same_order(self) -> None:
+        """All ranks train one model: experts, too, stand in the same order in each EP rank's buffers. A
+        buffer says no names, so that two experts' matrices of one size would change places unnoticed."""
+        ours = list(self.places[0])
+        for rank in self.kinds():
+            theirs = list(self.places[rank])
+            here = [name for name in ours if name in self.places[rank]]
+            there = [name for name in theirs if name in self.places[0]]
+            if here != there:
+                one, other = next((a, b) for a, b in zip(here, there, strict=True) if a != b)
+                raise MismatchError(
+                    f"{self._where(self._ranks[rank])} lists {other} where {self._first.model_file} lists "
+                    f"{one}: the ranks place parameters in different orders. They are not of the same "
+                    "save; copy the checkpoint again."
+                )
+            if self._ranks[rank].shapes == self._first.shapes:
+                continue
+            sizes = [
+                [tuple(name for name, _ in group) for group in files.shapes]
+                for files in (self._ranks[rank], self._first)
+            ]
+            counts = [[len(names) for names in groups] for groups in sizes]
+            if sorted(theirs) == sorted(ours) and self._same_share(rank) and counts[0] != counts[1]:
+                raise MismatchError(
+                    f"{self._where(self._ranks[rank])} has {counts[0]} parameters in its sub-groups, "
+                    f"{self._first.model_file} has {counts[1]}, of the same sizes. They are not of the "
+                    "same save; copy the checkpoint again."
+                )
+
+    def _same_share(self, rank: int) -> bool:
+        """Whether a rank's parameters have the shapes of rank 0's."""
+        return {name: place.shape for name, place in self.places[rank].items()} == {
+            name: place.shape for name, place in self.places[0].items()
+        }
 
     def check_same_slot(self, group: Group, name: str) -> None:
         """Ranks of a partition group lay out their flat buffers alike, and are at the same step."""

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from ckpt_tool.containers.pickle_records import TensorRecord
 from ckpt_tool.containers.torch_zip import TorchArchive
-from ckpt_tool.errors import UnreadableError
+from ckpt_tool.errors import MismatchError, UnreadableError
+from ckpt_tool.formats.deepspeed.facts.affine import expert_map
+from ckpt_tool.formats.deepspeed.facts.partition import expert_holders
 from ckpt_tool.formats.deepspeed.reading.rank_files import (
     ENGINE_KEYS,
     LAYER_KEYS,
@@ -18,6 +20,7 @@ from ckpt_tool.formats.deepspeed.reading.rank_files import (
 from ckpt_tool.formats.deepspeed.reading.repeated import Repeated
 
 _IN_FIELDS_OF_THEIR_OWN = frozenset({"module", "frozen_param_fragments", "param_shapes"})
+_SIZES = frozenset({"num_experts", "num_local_experts", "ep_size", "expert_key_prefix"})
 _OF_RANK_0 = frozenset({"universal_checkpoint_info", "ds_config", "optimizer"})  # as far as they are read
 
 
@@ -53,7 +56,7 @@ def read_model(archive: TorchArchive, rank: int, optim_name: str, repeated: Repe
     return RankFiles(
         rank, archive.path, optim_name, (archive.source, archive.source), repeated.one(shapes, shapes),
         frozen_shapes, frozen, archive.offsets_of(fragments.values()), buffers, crcs, module.names,
-        _engine(archive, rank, repeated), client, digests, notes,
+        _engine(archive, rank, repeated, shapes), client, digests, notes,
     )  # fmt: skip
 
 
@@ -103,30 +106,61 @@ def _client_state(
     return client, digests, tuple(notes)
 
 
-def _engine(archive: TorchArchive, rank: int, repeated: Repeated) -> dict[str, Any]:
+def _engine(archive: TorchArchive, rank: int, repeated: Repeated, shapes: Shapes) -> dict[str, Any]:
     engine = {}
     for key in ENGINE_KEYS:
         if key not in archive.root or key in _IN_FIELDS_OF_THEIR_OWN or (rank and key in _OF_RANK_0):
             continue
         value = archive.root[key]
         if key in LAYER_KEYS:
-            engine[key] = _slim(value, repeated)
+            engine[key] = _slim(value, repeated, shapes, archive.where)
         else:
             engine[key] = repeated.carried(archive, value)
     return engine
 
 
-def _slim(entries: Any, repeated: Repeated) -> Any:
-    """Layer entries without their affine maps, which repeat the placement, and with one copy of that."""
+def _slim(entries: Any, repeated: Repeated, shapes: Shapes, where: str) -> Any:
+    """Layer entries without their affine maps, which repeat the placement, and with one copy of that.
+
+    Raises:
+        MismatchError: the maps say something else than the placement.
+    """
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         return entries
     slim = []
     for entry in entries:
         kept = {key: value for key, value in entry.items() if key != "affine_maps"}
+        maps, placement = entry.get("affine_maps"), entry.get("expert_placement")
+        if maps and not repeated.once(
+            f"maps of {entry.get('expert_key_prefix')}",
+            (maps, placement, shapes),
+            lambda entry=entry: _maps_agree(entry, shapes, where),  # type: ignore[misc]
+        ):
+            raise MismatchError(
+                f"{where}: expert_placement and affine_maps of {entry.get('expert_key_prefix')} say "
+                "different things of where its experts are. The metadata is damaged; copy the file again."
+            )
         if "expert_placement" in kept:
             kept["expert_placement"] = _one_placement(kept["expert_placement"], repeated)
         slim.append(kept)
     return slim
+
+
+def _maps_agree(entry: Mapping[str, Any], shapes: Shapes, where: str) -> bool:
+    """Whether the maps are those of the placement, for the experts that the rank's buffers list."""
+    maps = entry["affine_maps"]
+    params = maps.get("params") if isinstance(maps, Mapping) and maps.get("version") == 1 else None
+    if not isinstance(params, Mapping):
+        return False
+    if not entry.keys() >= _SIZES:
+        return True  # refused for what it lacks
+    holders = expert_holders(entry, where)
+    return all(
+        params[name] == expert_map(holders, (entry["num_experts"], *shape[1:]))
+        for group in shapes
+        for name, shape in group
+        if name in params
+    )
 
 
 def _one_placement(placement: Any, repeated: Repeated) -> Any:

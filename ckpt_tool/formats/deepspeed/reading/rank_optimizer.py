@@ -31,6 +31,8 @@ def read_optimizer(archive: TorchArchive, files: RankFiles, repeated: Repeated) 
             f"{where} says ds_version={version!r}, {files.model_file} says {theirs!r}. The directory mixes "
             "files of different saves; copy this checkpoint again from its origin."
         )
+    if files.rank == 0:
+        _check_same_order(archive.root.get("ds_config"), files, where)
     stage = zero.get("zero_stage")
     files.zero_stage = stage.args[0] if isinstance(stage, Opaque) else (3 if stage is None else stage)
     files.partition_groups = zero.get("ds_zero_partition_groups")
@@ -59,6 +61,19 @@ def read_optimizer(archive: TorchArchive, files: RankFiles, repeated: Repeated) 
         {key: scalar_state(archive, value) for key, value in group.items()} for group in found.scalars
     )
     files.scalars = repeated.one(tuple(tuple(group.items()) for group in scalars), scalars)
+
+
+def _check_same_order(config: Any, files: RankFiles, where: str) -> None:
+    """The engine writes one config into both files; of it the order of ranks decides who holds what."""
+    theirs = files.engine.get("ds_config")
+    if not isinstance(config, Mapping) or not isinstance(theirs, Mapping):
+        return
+    said = [bool(one.get("use_data_before_expert_parallelism", False)) for one in (config, theirs)]
+    if said[0] != said[1]:
+        raise MismatchError(
+            f"{where} and {files.model_file} disagree on use_data_before_expert_parallelism, which decides "
+            "which experts a rank holds. They are not of the same save; copy this checkpoint again."
+        )
 
 
 def _compared_options(groups: Any) -> list[dict[str, Any]]:

@@ -37,7 +37,6 @@ from ckpt_tool.formats.deepspeed.facts.partition import (
     consecutive,
     partition_size,
 )
-from ckpt_tool.formats.deepspeed.facts.topology import Ranks
 from ckpt_tool.formats.deepspeed.reading.autoep import AutoEP
 from ckpt_tool.formats.deepspeed.reading.placement import Group, Placement
 from ckpt_tool.formats.deepspeed.reading.rank_files import RankFiles
@@ -363,23 +362,8 @@ class _Catalogue:
             raise MismatchError(
                 f"{self._reader.root}: of the {expected} ranks that share EP rank {ep_rank}'s experts "
                 f"of {prefix}, files claim partitions {sorted(by_partition)}. Experts are missing."
-                + self._misplaced(prefix)
             )
         return self._placement.group(tuple(by_partition[partition] for partition in range(expected)))
-
-    def _misplaced(self, prefix: str) -> str:
-        """A sentence about the first file whose EP rank is not that of its place, if there is one."""
-        ep_size = self._autoep.layers[prefix]["ep_size"]
-        config = self._first.engine.get("ds_config") or {}
-        ranks = Ranks(self._world, ep_size, bool(config.get("use_data_before_expert_parallelism", False)))
-        for files in self._ranks:
-            found = self._autoep.entry(files, prefix)["ep_rank"]
-            if found != ranks.ep_rank(files.rank):
-                return (
-                    f" {files.model_file} is of EP rank {found}, in the place of EP rank "
-                    f"{ranks.ep_rank(files.rank)}; copy it again."
-                )
-        return ""
 
     def _stack(
         self,
