@@ -39,7 +39,7 @@ from ckpt_tool.families.naming import to_hub
 from ckpt_tool.families.roots import misfit
 from ckpt_tool.formats.base import Request
 from ckpt_tool.formats.declaration import Target
-from ckpt_tool.formats.known import all_options, own_target, published_target, targets
+from ckpt_tool.formats.known import all_options, meant_target, own_target, published_target, targets
 from ckpt_tool.formats.options import DTYPES, EP, WORLD, recorded, refuse_unknown
 from ckpt_tool.formats.registry import locate, open_checkpoint
 from ckpt_tool.integrity import check, check_files
@@ -355,7 +355,9 @@ def _how(how: Execution | None, max_memory: int | str | None) -> Execution:
 
 
 def _target(to: str) -> Target:
-    refuse_unknown("--to", to, targets())
+    if not isinstance(to, str):
+        raise UsageError(f"to={to!r} is {type(to).__name__}; to takes one of {', '.join(targets())}.")
+    refuse_unknown("--to", to, targets(), meant_target(to))
     return targets()[to]
 
 

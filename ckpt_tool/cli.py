@@ -203,7 +203,7 @@ def convert(
     """Write a checkpoint in another format."""
     from ckpt_tool import api, results
 
-    with _progress("convert", run.quiet or run.json) as progress:
+    with _progress("convert", run.quiet or run.json, resumable=not run.dry_run) as progress:
         result = api.convert(
             src,
             dst,
@@ -231,7 +231,7 @@ def reshard(src: Source, dst: Destination, given: Given, run: Writing) -> None:
     """Write a checkpoint in its own format for another EP size or number of ranks; it resumes exactly."""
     from ckpt_tool import api, results
 
-    with _progress("reshard", run.quiet or run.json) as progress:
+    with _progress("reshard", run.quiet or run.json, resumable=not run.dry_run) as progress:
         result = api.reshard(
             src, dst, verify=run.verify, dry_run=run.dry_run, how=run.execution(progress), **given
         )
@@ -259,7 +259,7 @@ def consolidate(
     """Write Hugging Face safetensors for `from_pretrained`: fp32 from the masters by default."""
     from ckpt_tool import api, results
 
-    with _progress("consolidate", run.quiet or run.json) as progress:
+    with _progress("consolidate", run.quiet or run.json, resumable=not run.dry_run) as progress:
         result = api.consolidate(
             src,
             dst,
@@ -363,10 +363,10 @@ def demo(
 # ---- shared by the commands
 
 
-def _progress(label: str, quiet: bool) -> Progress:
+def _progress(label: str, quiet: bool, *, resumable: bool = False) -> Progress:
     from ckpt_tool.report import Progress
 
-    return Progress(label, quiet=quiet, resumable=label not in ("check", "doctor", "verify"))
+    return Progress(label, quiet=quiet, resumable=resumable)
 
 
 def _print_verdict(verdict: Verdict, *, compared: bool, json: bool, quiet: bool) -> None:
@@ -447,6 +447,7 @@ def main() -> None:
 def _misused(error: Exception) -> str:
     """What typer found wrong with the command line, and where to read on."""
     message = str(getattr(error, "format_message")()).rstrip()  # noqa: B009 (typer's classes are not public)
+    message = re.sub(r"is not a valid int(eger)?( range)?\.?", "is not a whole number.", message)
     context = getattr(error, "ctx", None)
     command = getattr(context, "command_path", "ckpt-tool")
     end = "" if message.endswith((".", "?", "!")) else "."
@@ -459,6 +460,21 @@ def _complain(message: str) -> None:
     say(f"ckpt-tool: {message}")
 
 
+def _refuse_half_a_pattern(following: str) -> None:
+    """Raises:
+    UsageError: what follows ``--experts`` is neither a pattern nor a checkpoint's path.
+    """
+    from ckpt_tool.errors import UsageError
+
+    if re.fullmatch(r"[\d*?]+|all", following) and not Path(following).exists():
+        raise UsageError(
+            f"--experts {following}: write LAYER:EXPERT, '{following}:*' for the experts of a layer or "
+            f"'*:{following}' for one expert of every layer; --experts alone lists all."
+            if following != "all"
+            else "--experts all: --experts alone lists all; '3:*' are those of layer 3."
+        )
+
+
 def _with_default_glob(arguments: list[str]) -> list[str]:
     """``--tensors`` and ``--experts`` may stand without a pattern."""
     result = []
@@ -467,6 +483,7 @@ def _with_default_glob(arguments: list[str]) -> list[str]:
         if argument == "--tensors" and following.startswith("-"):
             result.append("--tensors=*")
         elif argument == "--experts" and not _EXPERTS.fullmatch(following):
+            _refuse_half_a_pattern(following)
             result.append("--experts=*:*")
         else:
             result.append(argument)

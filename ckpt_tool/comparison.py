@@ -23,7 +23,7 @@ from ckpt_tool.errors import UsageError
 from ckpt_tool.execute.budget import Budget
 from ckpt_tool.execute.meter import Meter
 from ckpt_tool.families import Family, family_of
-from ckpt_tool.families.naming import HUB, from_hub, to_hub
+from ckpt_tool.families.naming import HUB, from_hub, to_hub, whose
 from ckpt_tool.storage import Reader
 from ckpt_tool.values import Difference, Pair, check_replicas, differing
 from ckpt_tool.wrappers import unwrapped_checkpoint
@@ -108,8 +108,8 @@ def _same_names(
     found = nearby if found is None else found
     if found is None:
         raise UsageError(
-            f"The two use different names ({a.dialect} and {b.dialect}), and neither carries the model's "
-            "config.json. Pass it with --config."
+            f"The two use different names ({whose(a.dialect)} and {whose(b.dialect)}), and neither "
+            "carries the model's config.json. Pass it with --config."
         )
     family = family_of(found)
     return _published(a, family, found), _published(b, family, found)

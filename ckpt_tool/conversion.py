@@ -25,7 +25,7 @@ from ckpt_tool.integrity import changed_since_written, check, none_proven
 from ckpt_tool.plan import Plan, PlannedFile, copies
 from ckpt_tool.published import is_published, is_what_it_would_be
 from ckpt_tool.replacing import Owned
-from ckpt_tool.sizes import as_size
+from ckpt_tool.sizes import as_size, human_bytes
 from ckpt_tool.storage import Location, Reader
 from ckpt_tool.stores.base import Publishing
 from ckpt_tool.stores.known import local_path, open_location, store_of
@@ -291,8 +291,8 @@ def lacking_room(destination: Location, needed: int) -> str:
     if free is None or needed <= free:
         return ""
     return (
-        f"{destination.parent}: the result needs {needed} bytes, the disk has {free} free. Free some space "
-        "or choose another destination."
+        f"{destination.parent}: the result needs {human_bytes(needed)}, the disk has {human_bytes(free)} "
+        "free. Free some space or choose another destination."
     )
 
 

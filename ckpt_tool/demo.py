@@ -11,6 +11,8 @@ from ckpt_tool import api, inspection, report
 from ckpt_tool.comparison import Verdict
 from ckpt_tool.errors import UsageError
 
+_RESULTS = ("resharded", "universal", "model")
+
 
 def run(directory: Path | None) -> None:
     """Inspect, re-shard, convert to Universal, consolidate, and verify all three; print a summary.
@@ -19,10 +21,30 @@ def run(directory: Path | None) -> None:
     """
     checkpoint, config = _shipped()
     if directory is not None:
+        _refuse_strangers(directory)
         _run(checkpoint, config, directory)
+        report.show(f"The results are in {directory}.")
         return
     with tempfile.TemporaryDirectory(prefix="ckpt-tool-demo-") as temporary:
         _run(checkpoint, config, Path(temporary))
+    report.show(
+        "The results were in a temporary directory, which is removed: `ckpt-tool demo DIR` keeps them."
+    )
+
+
+def _refuse_strangers(directory: Path) -> None:
+    """Raises:
+    UsageError: there is something at the place for the results that is not an earlier demo's.
+    """
+    if not directory.exists():
+        return
+    own = {*_RESULTS, *(f".{name}.ckpt-tool-staging" for name in _RESULTS)}
+    found = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else [directory.name]
+    other = next((name for name in found if name not in own), None)
+    if other is not None:
+        raise UsageError(
+            f"{directory} exists and holds {other}, which is no result of the demo. Choose a new directory."
+        )
 
 
 def _shipped() -> tuple[Path, Path]:
@@ -36,7 +58,7 @@ def _shipped() -> tuple[Path, Path]:
 
 
 def _run(checkpoint: Path, config: Path, directory: Path) -> None:
-    resharded, universal, model = (directory / name for name in ("resharded", "universal", "model"))
+    resharded, universal, model = (directory / name for name in _RESULTS)
     report.print_fields(
         "1. A checkpoint saved by DeepSpeed AutoEP + ZeRO-3",
         inspection.overview_lines(inspection.overview(api.catalogue(checkpoint))),

@@ -286,7 +286,9 @@ def _check_tiling(file: TargetFile) -> None:
     position = 0
     for low, high in spans:
         if low != position:
-            raise CoverageError(f"{file.path}: bytes {position} to {low} of the layout do not tile.")
+            raise CoverageError(
+                f"{file.path}: bytes {position} to {low} are in no part of its layout, or in two."
+            )
         position = high
     if position != file.size:
         raise CoverageError(f"{file.path}: the layout covers {position} of {file.size} bytes.")

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt_tool.errors import CkptToolError, ExecutionError, UnreadableError, UsageError
+from ckpt_tool.sizes import human_bytes
 
 _RIGHTS = "Change the rights of it and of the directories above it, or run as a user who has them."
 _REMEDIES = {
     errno.EACCES: _RIGHTS,
+    errno.ENOENT: "Make the directory above it first, or choose another destination.",
     errno.EPERM: _RIGHTS,
     errno.EROFS: "Choose another destination.",
     errno.EFBIG: "Raise the limit (`ulimit -f`), or choose a destination on another file system.",
@@ -61,7 +63,7 @@ def writing_failed(path: str | os.PathLike[str], error: OSError) -> CkptToolErro
 def unusable_destination(path: str | os.PathLike[str], error: OSError) -> CkptToolError:
     """What to tell of a path that a result, or what prepares it, cannot have."""
     if error.errno in (*_OF_THE_PATH, errno.EROFS, errno.EEXIST):
-        return UsageError(f"{os.fspath(path)} cannot be made or read: {_reason(error)}")
+        return UsageError(f"{os.fspath(path)} cannot be made: {_reason(error)}")
     return writing_failed(path, error)
 
 
@@ -118,5 +120,5 @@ def _free_above(path: Path) -> str:
     """How much room there is where ``path`` was to be."""
     for parent in path.absolute().parents:
         with contextlib.suppress(OSError):
-            return f"{shutil.disk_usage(parent).free} bytes free"
-    return "no bytes free"
+            return f"{human_bytes(shutil.disk_usage(parent).free)} free"
+    return "nothing free"

@@ -476,7 +476,7 @@ def test_a_dry_run_prints_its_plan_and_says_that_the_disk_is_too_small(
     done = run("convert", MIXTRAL, tmp_path / "no" / "out", "--to", "universal", "--dry-run")
     assert done.rc == 0
     assert "nothing was written" in done.stdout
-    assert "the disk has 5 free" in done.stderr
+    assert "the disk has 5 B free" in done.stderr
 
 
 def test_the_directory_above_some_checkpoints_names_them(run: Runner, tmp_path: Path) -> None:

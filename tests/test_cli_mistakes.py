@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 
 from ckpt_tool import CkptToolError, Execution, api
 from ckpt_tool.limits import MOST_RANKS
+from ckpt_tool.replacing import nothing_owned
+from ckpt_tool.stores.base import Publishing
+from ckpt_tool.stores.local_area import LocalArea
 from tests.conftest import Runner, checkpoint_of, config_of
 from tests.formats.dcp_tools import CHECKPOINTS as DCP_CHECKPOINTS
 
@@ -211,3 +215,112 @@ def test_the_config_that_was_found_is_of_another_model(run: Runner, run_director
     assert done.rc == 3
     assert "Is this the config.json of another model?" in done.stderr
     assert f"(config.json is that in {run_directory}; --config names another.)" in done.stderr
+
+
+# ---- what is at the source
+
+
+@pytest.mark.parametrize(
+    ("rank", "file"),
+    [(0, "optim_states"), (1, "model_states"), (1, "optim_states")],
+)
+@pytest.mark.parametrize("other", ["mixtral_w4e4", "mixtral_w2e1", "mixtral_odd_w4e2"])
+def test_a_rank_file_of_another_save(
+    run: Runner, run_directory: Path, rank: int, file: str, other: str
+) -> None:
+    name = f"zero_pp_rank_{rank}_mp_rank_00_{file}.pt"
+    shutil.copy(next(checkpoint_of(other).glob(f"*/{name}")), run_directory / "checkpoints/global_step10")
+    assert "copy this checkpoint again" in unreadable(run, run_directory / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        (["config.json"], "no weights in safetensors. Copy or download its model*.safetensors again."),
+        (["config.json", "pytorch_model.bin"], "but pytorch_model.bin, which is not read."),
+    ],
+)
+def test_a_published_model_without_its_weights(
+    run: Runner, tmp_path: Path, left: list[str], said: str
+) -> None:
+    for name in left:
+        (tmp_path / name).write_text("{}")
+    assert said in unreadable(run, tmp_path)
+
+
+def test_half_of_a_pattern_after_experts(run: Runner) -> None:
+    said = refused(run, "inspect", MIXTRAL, "--experts", "1")
+    assert "write LAYER:EXPERT, '1:*' for the experts of a layer or '*:1' for one expert" in said
+    assert run("inspect", MIXTRAL, "--experts", "1:*").rc == 0
+    assert "--experts alone lists all" in refused(run, "inspect", MIXTRAL, "--experts", "all")
+
+
+# ---- the target
+
+
+@pytest.mark.parametrize(
+    ("to", "meant"),
+    [("safetensors", "hf"), ("Universal", "universal"), ("ZeRO-3", "zero3"), ("huggingface", "hf")],
+)
+def test_a_target_by_another_name(run: Runner, tmp_path: Path, to: str, meant: str) -> None:
+    said = refused(run, "convert", MIXTRAL, tmp_path / "out", "--to", to)
+    assert f"--to '{to}' is unknown. Did you mean {meant}?" in said
+
+
+def test_a_number_that_is_none(run: Runner, tmp_path: Path) -> None:
+    assert "is not a whole number." in refused(run, "reshard", MIXTRAL, tmp_path / "out", "--ep", "two")
+
+
+@pytest.mark.parametrize("place", ["/proc/new", "/dev/null/new", "PATH/file/new", f"PATH/{'x' * 300}"])
+@pytest.mark.parametrize("command", ["convert", "inspect"])
+def test_a_place_where_nothing_can_be_made(run: Runner, tmp_path: Path, place: str, command: str) -> None:
+    (tmp_path / "file").write_text("")
+    where = place.replace("PATH", str(tmp_path))
+    more = ["--html", where] if command == "inspect" else [where, "--to", "universal"]
+    said = refused(run, command, MIXTRAL, *more)
+    assert "cannot be made: " in said
+
+
+def test_a_page_in_a_directory_that_is_not_there(run: Runner, tmp_path: Path) -> None:
+    said = refused(run, "inspect", MIXTRAL, "--html", tmp_path / "none" / "page.html")
+    assert "Make the directory above it first" in said
+
+
+def test_a_target_that_another_run_prepares(run: Runner, tmp_path: Path) -> None:
+    staging = LocalArea(tmp_path / "out", Publishing(overwrite=False, fsync=False, judge=nothing_owned))
+    try:
+        said = refused(run, "reshard", MIXTRAL, tmp_path / "out")
+    finally:
+        staging.close()
+    assert "Wait until that has ended, or choose another destination." in said
+
+
+def test_an_interrupted_plan_has_nothing_to_go_on_from(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "make_plan", interrupted)
+    for options, is_said in (["--dry-run"], False), ([], True):
+        done = run("reshard", MIXTRAL, tmp_path / "out", *options)
+        assert done.rc == 130
+        assert ("goes on from here" in done.stderr) == is_said
+
+
+# ---- the demo
+
+
+def test_the_demo_says_where_its_results_are(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    assert "`ckpt-tool demo DIR` keeps them" in run("demo").stdout
+    assert f"The results are in {tmp_path / 'demo'}." in run("demo", tmp_path / "demo").stdout
+    assert run("demo", tmp_path / "demo").rc == 0
+
+
+def test_a_demo_into_a_checkpoint(run: Runner, run_directory: Path) -> None:
+    said = refused(run, "demo", run_directory / "checkpoints")
+    assert "which is no result of the demo. Choose a new directory." in said

@@ -118,7 +118,7 @@ def test_an_earlier_page_is_replaced_and_another_file_is_not(tmp_path: Path) -> 
 
 def test_a_page_where_none_can_be_written_is_told(tmp_path: Path) -> None:
     done = run_cli("inspect", MIXTRAL, "--html", tmp_path / "no" / "page.html")
-    assert done.rc == 4
+    assert done.rc == 2
     assert str(tmp_path / "no" / "page.html") in done.stderr
     assert "Traceback" not in done.stderr
 

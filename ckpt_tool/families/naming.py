@@ -34,6 +34,17 @@ from ckpt_tool.layout import LeftOut, left_out
 from ckpt_tool.limits import first_missing
 
 HUB = "hub"
+_WHOSE = {
+    HUB: "those of published files",
+    "autoep": "those of DeepSpeed AutoEP",
+    "transformers": "those of transformers' modules",
+    "torchtitan": "torchtitan's",
+}
+
+
+def whose(dialect: str) -> str:
+    """Whose names a catalogue has, in a user's words."""
+    return _WHOSE.get(dialect, dialect)
 
 
 # ---- from a module tree

@@ -45,6 +45,15 @@ def targets() -> Mapping[str, Target]:
     return {known.target.to: known.target for known in FORMATS if known.target is not None}
 
 
+def meant_target(text: str) -> str | None:
+    """The target of the format whose name has ``text`` in it: safetensors are hf."""
+    wanted = text.lower().replace("-", "").replace("_", "").replace(" ", "")
+    for known in FORMATS:
+        if known.target is not None and wanted and wanted in known.name.replace("-", ""):
+            return known.target.to
+    return None
+
+
 def all_options() -> tuple[Option, ...]:
     """The options of all targets, each once."""
     return united(option for target in targets().values() for option in target.options)

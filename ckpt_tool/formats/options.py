@@ -77,17 +77,18 @@ class Option(NamedTuple):
         return f"it has to be a whole number, {self.minimum}{upper or ' or more'}"
 
 
-def refuse_unknown(flag: str, value: str, choices: Iterable[str]) -> None:
+def refuse_unknown(flag: str, value: str, choices: Iterable[str], meant: str | None = None) -> None:
     """Raises:
-    UsageError: ``value`` is none of ``choices``; it names them, and the one that is spelt like it.
+    UsageError: ``value`` is none of ``choices``; it names them, and the one that is ``meant`` or spelt
+        like it.
     """
     known = list(choices)
     if value in known:
         return
-    close = difflib.get_close_matches(value, known, 1)
-    meant = f" Did you mean {close[0]}?" if close else ""
+    close = [meant] if meant else difflib.get_close_matches(value.lower(), known, 1)
+    hint = f" Did you mean {close[0]}?" if close else ""
     *first, last = known
-    raise UsageError(f"{flag} {value!r} is unknown.{meant} Known are {', '.join(first)} and {last}.")
+    raise UsageError(f"{flag} {value!r} is unknown.{hint} Known are {', '.join(first)} and {last}.")
 
 
 class _Kind(NamedTuple):

@@ -191,6 +191,16 @@ def open_checkpoint(place: Place) -> tuple[Reader, Checkpoint]:
             f"{directory} is no checkpoint and has no `latest` file, but holds "
             f"{_offered(directory, inside)}"
         )
+    if "config.json" in names:
+        others = [name for name in names if name.endswith((".bin", ".gguf", ".h5", ".msgpack"))]
+        raise UnreadableError(
+            f"{directory} has a model's config.json and no weights in safetensors"
+            + (
+                f", but {others[0]}, which is not read. Save the model again with save_pretrained."
+                if others
+                else ". Copy or download its model*.safetensors again."
+            )
+        )
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
     raise UnreadableError(
         f"{directory} is no checkpoint ckpt-tool reads (it holds {shown}). Read are: "

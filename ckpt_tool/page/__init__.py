@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ckpt_tool.errors import UsageError
-from ckpt_tool.system_errors import reading_failed, writing_failed
+from ckpt_tool.system_errors import unusable_destination
 
 _BEGINS = b"<!doctype html>"
 _DATA = "/*DATA*/"
@@ -39,7 +40,7 @@ def refuse_other_files(file: Path) -> None:
     except IsADirectoryError:
         pass
     except OSError as error:
-        raise reading_failed(file, error) from error
+        raise unusable_destination(file, error) from error
     raise UsageError(f"{file} exists and is no HTML page. Choose another name for the page.")
 
 
@@ -47,12 +48,14 @@ def write_page(file: Path, page: str) -> None:
     """Put the page under its name, whole or not at all.
 
     Raises:
-        ExecutionError: it cannot be written there.
+        UsageError: nothing can be made under its name.
+        ExecutionError: the disk is full, or storage fails.
     """
     beside = file.with_name(f".{file.name}.ckpt-tool")
     try:
         beside.write_text(page, encoding="utf-8")
         beside.replace(file)
     except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise writing_failed(file, error) from error
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise unusable_destination(file, error) from error

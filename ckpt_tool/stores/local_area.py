@@ -63,7 +63,7 @@ class LocalArea:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise writing_failed(self.path / JOURNAL, error) from error
+                raise unusable_destination(self.path / JOURNAL, error) from error
             try:
                 lock(journal, self.path)
                 if self._is_journal(journal):
@@ -266,7 +266,10 @@ def lock(journal: int, directory: Path) -> None:
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UsageError(f"{directory} is in use by another run of ckpt-tool.") from None
+        raise UsageError(
+            f"{directory} is in use by another run of ckpt-tool. Wait until that has ended, or choose "
+            "another destination."
+        ) from None
     except OSError as error:
         raise writing_failed(directory / JOURNAL, error) from error
 

@@ -130,7 +130,7 @@ def test_a_staging_directory_of_another_user(tmp_path: Path) -> None:
     staging.mkdir()
     (staging / JOURNAL).touch()
     done = without_rights(staging / JOURNAL, "convert", MIXTRAL, tmp_path / "out", "--to", "universal")
-    is_one_sentence(done, codes={4}, says="Permission denied", file=staging / JOURNAL)
+    is_one_sentence(done, codes={2}, says="Permission denied", file=staging / JOURNAL)
     done = without_rights(staging, "convert", MIXTRAL, tmp_path / "out", "--to", "universal")
     is_one_sentence(done, codes={2}, says="Permission denied", file=staging)
 

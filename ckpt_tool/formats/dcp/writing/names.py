@@ -22,7 +22,7 @@ from ckpt_tool.containers.torch_zip import Inline
 from ckpt_tool.errors import MismatchError, UsageError
 from ckpt_tool.families import FUSED_FORM, Family, families, family_of, stated, text_config
 from ckpt_tool.families.forms import compiled
-from ckpt_tool.families.naming import Entry, entries, to_hub, unpublishable
+from ckpt_tool.families.naming import Entry, entries, to_hub, unpublishable, whose
 from ckpt_tool.formats.dcp.grammar.experts import TITAN_NAMES, titan_layer
 from ckpt_tool.formats.dcp.grammar.titan import Fused, fuse, key_value_heads, unnumbered
 from ckpt_tool.formats.dcp.reading.reader import Hint
@@ -280,8 +280,9 @@ def _namer(checkpoint: Checkpoint, dialect: str, config: Mapping[str, Any] | Non
     found = config if config is not None else checkpoint.model_config
     if found is None:
         raise UsageError(
-            f"The source has {checkpoint.dialect} names, the target {dialect}'s, and the checkpoint does "
-            "not say which model it is. Pass --config with the model's config.json."
+            f"The names of the source are {whose(checkpoint.dialect)}, the target's are "
+            f"{whose(dialect)}, and the checkpoint does not say which model it is. Pass "
+            "--config with the model's config.json."
         )
     family = family_of(found)
     if dialect == TITAN:

@@ -110,7 +110,8 @@ class AutoEP:
         )
         if (not same and expert_holders(entry, where) != holders) or entry["ep_rank"] >= len(holders):
             raise MismatchError(
-                f"{where} places the experts of {prefix} differently than {self._first.model_file} does."
+                f"{where} places the experts of {prefix} differently than {self._first.model_file} does. "
+                "The directory mixes files of different saves; copy this checkpoint again from its origin."
             )
         own = holders[entry["ep_rank"]]
         if len(own) != entry["num_local_experts"]:

@@ -11,6 +11,8 @@ from ckpt_tool.formats.deepspeed.facts.partition import partition_size
 from ckpt_tool.formats.deepspeed.reading.autoep import AutoEP
 from ckpt_tool.formats.deepspeed.reading.rank_files import RankFiles
 
+_MIXED = "The directory mixes files of different saves; copy this checkpoint again from its origin."
+
 
 class Place(NamedTuple):
     """Where a parameter lies in the flat buffers of the ranks that hold a part of it: ``within`` elements
@@ -98,7 +100,7 @@ class Placement:
                     raise MismatchError(
                         f"{self._root}/{files.optim_file}: {state} of sub-group {index} has "
                         f"{flat.numel} elements; the shapes in {files.model_file}, cut over {count} "
-                        f"ranks, make {within}. Shapes and partitions are not of the same run."
+                        f"ranks, make {within}. {_MIXED}"
                     )
         return places
 
@@ -152,7 +154,8 @@ class Placement:
             if not isinstance(own, int) or not 0 <= own < len(members) or members[own] != files.rank:
                 raise MismatchError(
                     f"{where}: sub-group {index} lists partition_rank {own} of ranks {members}, which "
-                    f"is not this file's rank {files.rank}. The file is in another rank's place."
+                    f"is not this file's rank {files.rank}. The file is in another "
+                    "rank's place; copy this checkpoint again."
                 )
         if is_expert and own != entry["expert_data_parallel_rank"]:
             raise MismatchError(
@@ -162,8 +165,8 @@ class Placement:
             )
         if count != expected:
             raise MismatchError(
-                f"{where}: partition_count of sub-group {index} is {count!r}; the topology makes it "
-                f"{expected}. The metadata does not fit together."
+                f"{where}: sub-group {index} is cut over {count!r} ranks (partition_count), and its "
+                f"parameters are on {expected}. {_MIXED}"
             )
         return expected, int(own)
 
@@ -223,7 +226,7 @@ class Placement:
             if theirs != ours:
                 raise MismatchError(
                     f"{self._where(files)} and {other.model_file} place {name} differently: "
-                    f"{theirs} and {ours}. They are not of the same save."
+                    f"{theirs} and {ours}. {_MIXED}"
                 )
             index = ours.sub_group
             mine, their = files.states[index], other.states[index]
@@ -232,7 +235,7 @@ class Placement:
             }:
                 raise MismatchError(
                     f"{self._root}/{files.optim_file} has states {sorted(mine)} for sub-group "
-                    f"{index}, {other.optim_file} has {sorted(their)}."
+                    f"{index}, {other.optim_file} has {sorted(their)}. {_MIXED}"
                 )
             if not same(files.scalars[index], other.scalars[index]):
                 raise MismatchError(

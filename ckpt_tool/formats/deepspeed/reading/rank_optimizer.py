@@ -52,7 +52,7 @@ def read_optimizer(archive: TorchArchive, files: RankFiles, repeated: Repeated) 
     if len(flats) != len(files.shapes):
         raise UnreadableError(
             f"{where} has {len(flats)} flat groups; {files.model_file} describes {len(files.shapes)} "
-            "sub-groups. The two files are not of the same save."
+            "sub-groups. The two files are not of the same save; copy this checkpoint again."
         )
     found = repeated.once("buffers", (flats, state), lambda: _buffers(archive, flats, state))
     files.states = found.states

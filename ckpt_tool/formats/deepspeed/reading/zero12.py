@@ -267,8 +267,9 @@ class _Catalogue:
         """A rank's part of a group is what its place among the group's ranks makes it."""
         if index >= len(file.counts) or file.counts[index] != flat.count:
             raise MismatchError(
-                f"{file.where}: partition_count of group {index} is {file.counts[index : index + 1]}; the "
-                f"topology makes it {flat.count}. The two do not fit together; copy this checkpoint again."
+                f"{file.where}: group {index} is cut over {file.counts[index : index + 1]} ranks "
+                f"(partition_count), and its parameters are on {flat.count}. The directory mixes files of "
+                f"different saves. {COPY_AGAIN}"
             )
         held = flat.held(place)
         padding = flat.part - held
