@@ -139,7 +139,7 @@ def test_a_disk_that_is_too_small_is_refused_before_writing(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ExecutionError, match="1.0 kB free"):
+    with pytest.raises(ExecutionError, match=r"1\.0 kB free"):
         api.convert(source, tmp_path / "out", to="universal")
     assert list(tmp_path.iterdir()) == []
 
