@@ -72,7 +72,7 @@ class Result:
     ``checked_bytes`` of the source were compared with its own checksums; ``unchecked_bytes`` were read and
     were not, by the reason. ``was`` and ``becomes`` are the ranks of source and target (None: any load it).
     ``kept`` counts the elements that are carried over, by state. ``loading`` is the line that loads the
-    result.
+    result. ``resumed`` files were written by an earlier run and kept: neither read nor written now.
     """
 
     source: str
@@ -92,6 +92,7 @@ class Result:
     becomes: Topology | None = None
     kept: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    resumed: int = 0
     loading: str = ""
 
     @property
@@ -242,8 +243,8 @@ def convert(
         source=checkpoint.root,
         source_format=checkpoint.format,
         target=str(open_location(target)),
-        bytes_read=plan.bytes_read,
-        bytes_written=plan.bytes_written,
+        bytes_read=plan.bytes_read if dry_run else outcome.read,
+        bytes_written=plan.bytes_written if dry_run else outcome.written,
         files=len(plan.files),
         peak_memory_bytes=budget.nbytes(plan.largest_block),
         left_out={one.label: one.reason for one in plan.left_out},
@@ -262,6 +263,7 @@ def convert(
         becomes=layout.topology,
         kept=_kept(original, plan.left_out),
         seconds=time.monotonic() - began,
+        resumed=outcome.resumed,
         loading=layout.loading.replace("{target}", str(open_location(target))),
     )
 

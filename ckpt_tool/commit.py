@@ -74,10 +74,12 @@ class Staging:
         """Find the files an earlier run of this command completed."""
         found = read_journal(self.area.journal())
         self.area.cut_journal(found.whole)
-        if found.whole and found.identity != json.loads(json.dumps(self._identity)):
+        own = json.loads(json.dumps(self._identity))
+        if found.whole and found.identity != own:
             raise UsageError(
-                f"{self.location} was left by another command ({_summary(found.identity)}). Run that "
-                f"command again to go on with it, or {self.area.removal}"
+                f"{self.location} was left by another command, {_described(found.identity)}. "
+                f"{_difference(found.identity, own)} Run that command again to go on with it, choose "
+                f"another destination, or {self.area.removal}"
             )
         if not found.whole:
             self._record(self._identity)
@@ -155,6 +157,22 @@ class Staging:
         a look tells."""
         return self.area.published()
 
+    def stays(self) -> str:
+        """What to tell of an unfinished result that ``close`` leaves where it is; else nothing."""
+        if self.published():
+            return ""
+        if self._keep:
+            return (
+                f"What was written stays in {self.location} to be looked at; the same command writes all "
+                f"of it anew. To be rid of it, {self.area.removal}"
+            )
+        if not self.done:
+            return ""
+        return (
+            f"{self.location} stays, with {len(self.done)} complete files: the same command goes on with "
+            f"them. To be rid of them, {self.area.removal}"
+        )
+
     def close(self) -> None:
         """Let go of the place; remove it where it holds nothing worth going on with."""
         if not self.done and not self._keep and not self.published():
@@ -162,7 +180,37 @@ class Staging:
         self.area.close()
 
 
-def _summary(identity: Any) -> str:
-    parameters = identity.get("parameters") if isinstance(identity, dict) else None
-    known = parameters if isinstance(parameters, dict) else {}
-    return " ".join(f"{key}={value}" for key, value in known.items()) or "unknown"
+def _part(identity: Any, name: str) -> dict[str, Any]:
+    found = identity.get(name) if isinstance(identity, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _described(identity: Any) -> str:
+    """The command in words: what it converted, and to what."""
+    source, parameters = _part(identity, "source"), _part(identity, "parameters")
+    if not source or "to" not in parameters:
+        return "of which nothing is known"
+    step = "" if source.get("step") is None else f", step {source['step']}"
+    return f"a conversion of {source.get('name')} ({source.get('format')}{step}) to {parameters['to']}"
+
+
+def _difference(found: Any, own: Any) -> str:
+    """In what that command differs from this one."""
+    said = []
+    for name, owner in (("source", "the source's "), ("parameters", "")):
+        old, new = _part(found, name), _part(own, name)
+        said += [
+            f"{owner}{key.replace('_', ' ')} was {_shown(old.get(key))} and is {_shown(new.get(key))}"
+            for key in dict.fromkeys([*old, *new])
+            if old.get(key) != new.get(key)
+        ]
+    tools = [one.get("tool") if isinstance(one, dict) else None for one in (found, own)]
+    if tools[0] != tools[1]:
+        said.append(f"it was run by {_shown(tools[0])}, this one by {_shown(tools[1])}")
+    return f"It differs: {', '.join(said) or 'the files of the source, or its config, are others now'}."
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "given" if value else "not given"
+    return str(value)

@@ -32,6 +32,10 @@ from ckpt_tool.stores.known import local_path, open_location, store_of
 from ckpt_tool.sums import COPY_AGAIN, ON_PURPOSE, SourceSums, listed_below, own_manifest
 from ckpt_tool.written import as_stored
 
+# Why bytes of the source do not count as compared with its checksums where the result was there already.
+WITH_RESULT = "read to compare them with the result that was there"
+BY_VERIFY = "compared by --verify, where there are checksums"
+
 DEFAULT_MAX_MEMORY = 1024 * MIB
 
 
@@ -61,11 +65,15 @@ def default_workers() -> int:
 
 
 class Outcome(NamedTuple):
-    """What became of a plan: the comparison if one was asked for, and what else to tell."""
+    """What became of a plan: the comparison if one was asked for, and what else to tell. Bytes that were
+    ``read`` of the source and ``written``, and how many files of an earlier run were ``resumed`` from."""
 
     verdict: Verdict | None
     notes: tuple[str, ...] = ()
     checked: Checked | None = None
+    read: int = 0
+    written: int = 0
+    resumed: int = 0
 
 
 class Wanted(NamedTuple):
@@ -117,8 +125,12 @@ def carry_out(
         _refuse_changed(reader)
         how.on_published(destination)
         store_of(destination).tidy(destination, Publishing(how.overwrite, how.fsync, judge))
-        note = f"{destination} was there already, written by this command, and is what it would be now."
-        return Outcome(verdict, (note,))
+        note = (
+            f"{destination} was there already, written by this command, and is what it would be now: the "
+            "source was read to compare them, and nothing was written."
+        )
+        why = BY_VERIFY if verify_result else WITH_RESULT
+        return Outcome(verdict, (note,), Checked(0, {why: plan.bytes_read}), read=plan.bytes_read)
     checking = CheckingReader(reader, SourceSums(reader, checkpoint.files))
     staging = Staging(destination, identity, overwrite=how.overwrite, fsync=how.fsync, judge=judge)
 
@@ -131,7 +143,7 @@ def carry_out(
             lambda: ((file.path, sources_of(file)) for file in plan.files if is_done(file)),
         )
         _discard_changed(staging, plan, budget, how.meter)
-        resumed = bool(staging.done)
+        resumed = [file for file in plan.files if is_done(file)]
         left = plan.bytes_written - sum(file.size for file in staging.done.values())
         check_room(destination, left)
         how.meter.start(left)
@@ -163,11 +175,27 @@ def carry_out(
                 raise
         _refuse_changed(reader)
         staging.publish()
+    except CkptToolError as error:
+        if stays := staging.stays():
+            error.add(stays)
+        raise
     finally:
         if staging.published():
             how.on_published(destination)
         staging.close()
-    return Outcome(verdict, (), checking.result(resumed=resumed, all_else=verify_result))
+    return Outcome(
+        verdict,
+        (),
+        checking.result(resumed=bool(resumed), all_else=verify_result),
+        read=plan.bytes_read - sum(map(_bytes_read, resumed)),
+        written=left,
+        resumed=len(resumed),
+    )
+
+
+def _bytes_read(file: PlannedFile) -> int:
+    """How many bytes of the source it is made of."""
+    return sum(fill.numel * fill.tensor.dtype.itemsize for fill in file.layout().fills)
 
 
 def _discard_changed(staging: Staging, plan: Plan, budget: Budget, meter: Meter) -> None:
@@ -244,8 +272,7 @@ def _verify_result(
     if not verdict.passed:
         raise ExecutionError(
             f"The result is not what was converted: {verdict.differences[0].message} "
-            f"({len(verdict.differences)} differences). Nothing was published; what was written is in "
-            f"{path} until the same command is run again, which writes all of it anew. This is a bug in "
+            f"({len(verdict.differences)} differences). Nothing was published. This is a bug in "
             "ckpt-tool or failing storage."
         )
     return verdict

@@ -14,6 +14,10 @@ class CkptToolError(Exception):
 
     exit_code = 4
 
+    def add(self, sentence: str) -> None:
+        """Say one thing more: what whoever caught it knows."""
+        self.args = (f"{self.args[0]} {sentence}", *self.args[1:])
+
     def __str__(self) -> str:
         return printable(super().__str__())
 

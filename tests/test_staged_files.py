@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from ckpt_tool import api
+from ckpt_tool import api, results
+from ckpt_tool.errors import ExecutionError, UsageError
 from ckpt_tool.journal import journal_line
 from ckpt_tool.manifest import JOURNAL
 from tests.conftest import checkpoint_of, tree
@@ -149,3 +150,81 @@ def test_any_digit_of_the_journal_changed(
         convert(tmp_path / "out")
         assert tree(tmp_path / "out") == whole, (at, data[max(0, at - 60) : at + 10])
         shutil.rmtree(tmp_path / "out")
+
+
+# ---- what is said
+
+
+def test_a_result_that_was_gone_on_with_says_how_many_files_were_kept(
+    staging: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    removed = sorted(staging.rglob("*.pt"))[:3]
+    size = sum(path.stat().st_size for path in removed)
+    for path in removed:
+        path.unlink()
+    found = api.convert(SOURCE, tmp_path / "out", to="universal", how=HOW)
+    assert found.resumed == found.files - 3
+    assert found.bytes_written == size
+    assert 0 < found.bytes_read < api.convert(SOURCE, tmp_path / "x", to="universal", how=HOW).bytes_read
+    results.show(found, dry_run=False, json=False, quiet=False)
+    said = capsys.readouterr().out
+    assert ["resumed", f"{found.resumed}", "of", f"{found.files}", "files", "kept"] in map(
+        str.split, said.splitlines()
+    )
+    results.show(found, dry_run=False, json=True, quiet=False)
+    assert json.loads(capsys.readouterr().out)["resumed"] == found.resumed
+
+
+def test_a_finished_command_that_is_repeated_has_written_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = api.convert(SOURCE, tmp_path / "out", to="universal", how=HOW)
+    again = api.convert(SOURCE, tmp_path / "out", to="universal", how=HOW)
+    assert (first.bytes_written > 0, again.bytes_written, again.resumed) == (True, 0, 0)
+    assert again.bytes_read == first.bytes_read  # it was compared
+    assert sum(again.unchecked_bytes.values()) == again.bytes_read
+    assert "nothing was written" in again.notes[-1]
+    results.show(again, dry_run=False, json=False, quiet=False)
+    assert "written   0 B" in capsys.readouterr().out
+
+
+def test_a_staging_directory_of_another_command_is_told_in_words(staging: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="left by another command") as raised:
+        api.convert(SOURCE, tmp_path / "out", to="universal", weights_only=True, how=HOW)
+    said = str(raised.value)
+    assert "a conversion of global_step2 (deepspeed-zero3, step 2) to universal" in said
+    assert "It differs: weights only was not given and is given." in said
+    assert f"choose another destination, or remove the directory: rm -r '{staging}'" in said
+    assert "=" not in said
+
+
+def test_an_error_in_the_middle_says_what_stays_and_how_to_go_on(
+    staging: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sorted(staging.rglob("*.pt"))[0].unlink()
+
+    def failing(*_: object) -> None:
+        raise ExecutionError("The disk is gone.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ckpt_tool.storage.LocalWriter.write", failing)
+        with pytest.raises(ExecutionError, match="The disk is gone") as raised:
+            convert(tmp_path / "out")
+    said = str(raised.value)
+    assert f"{staging} stays, with " in said
+    assert "the same command goes on with them" in said
+    assert f"rm -r '{staging}'" in said
+    convert(tmp_path / "out")
+
+
+def test_an_error_with_nothing_complete_leaves_nothing_to_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise ExecutionError("The disk is gone.")
+
+    monkeypatch.setattr("ckpt_tool.storage.LocalWriter.write", failing)
+    with pytest.raises(ExecutionError) as raised:
+        convert(tmp_path / "out")
+    assert str(raised.value) == "The disk is gone."
+    assert list(tmp_path.iterdir()) == []
