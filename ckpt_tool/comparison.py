@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ckpt_tool.called import other_names
 from ckpt_tool.canonical import (
     MASTER,
     NOT_COMPARED,
@@ -70,7 +71,7 @@ def compare(
     for side, reader in zip((a, b), readers, strict=True):
         check_replicas(side, reader, budget)
     sides = _same_names(a, b, config, nearby)
-    said = {*a.notes, *b.notes}
+    said, own = {*a.notes, *b.notes}, (a, b)
     a, b = sides
     pairs, differences, notes = _pair_up(a, b)
     notes += [note for side in sides for note in side.notes if note not in said]  # of what has no such name
@@ -88,6 +89,11 @@ def compare(
         notes.append(f"{casts} tensors differ in dtype and were compared after rounding the wider one.")
     meter.start(sum(pair.a.nbytes for pair in checked))
     differences += differing(checked, readers, budget, meter)
+    called = other_names(own, config or nearby, {one.name for one in differences}) if differences else {}
+    differences = [
+        one._replace(message=f"{one.message}; it is {called[one.name]}") if one.name in called else one
+        for one in differences
+    ]
     differences.sort()
     if differences and all(difference.kind == "dtype" for difference in differences):
         notes.append(

@@ -232,7 +232,8 @@ class Opened:
         known = {**self._names(state), **self._names_as(HUB_FORM, state)}
         near = difflib.get_close_matches(name, known, 3)
         like = f"; like it are {', '.join(near)}" if near else ""
-        return f"there is no tensor {name!r} of state {state} here{like}"
+        config = "" if self._family() else "; published names need the model's config.json (config=)"
+        return f"there is no tensor {name!r} of state {state} here{like}{config}"
 
 
 def _first(tensor: Tensor) -> tuple[str, int]:

@@ -324,3 +324,23 @@ def test_the_demo_says_where_its_results_are(
 def test_a_demo_into_a_checkpoint(run: Runner, run_directory: Path) -> None:
     said = refused(run, "demo", run_directory / "checkpoints")
     assert "which is no result of the demo. Choose a new directory." in said
+
+
+# ---- names
+
+
+def test_a_difference_of_experts_has_the_names_that_others_use() -> None:
+    found = api.verify(MIXTRAL, checkpoint_of("mixtral_w2e1")).differences
+    said = next(one.message for one in found if one.name == "model.layers.0.experts.*.gate.weight")
+    assert "model.layers.0.mlp.experts.w1 in DeepSpeed AutoEP" in said
+    published = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
+    assert f"{published.format(0)} to {published.format(3)} in published files" in said
+
+
+def test_a_name_that_is_not_there_says_what_published_names_need(run_directory: Path) -> None:
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    with api.open(run_directory / "checkpoints") as checkpoint:
+        with pytest.raises(KeyError, match="published names need the model's config"):
+            checkpoint[name]
+        with pytest.raises(KeyError, match=r"model\.layers\.0\.mlp\.experts\.w1"):
+            checkpoint["model.layers.0.mlp.experts.w4"]

@@ -308,7 +308,7 @@ def test_one_model_trained_at_two_topologies_differs_where_the_engine_says(one: 
     found = {}
     for difference in verdict.differences:
         state = difference.message.split("[")[1].split("]")[0]
-        found[difference.name, state] = int(difference.message.split("flat index ")[1].rstrip(")"))
+        found[difference.name, state] = int(difference.message.split("flat index ")[1].split(")")[0])
     assert found == expected
 
 
