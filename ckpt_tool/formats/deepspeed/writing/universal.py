@@ -48,6 +48,7 @@ from ckpt_tool.formats.deepspeed.reading.universal_source import (
 )
 from ckpt_tool.formats.deepspeed.writing.engine_plan import loading, optimizer_state, shadowed_weights
 from ckpt_tool.formats.deepspeed.writing.preparing import prepare_universal
+from ckpt_tool.formats.deepspeed.writing.universal_states import refuse_uneven_states
 from ckpt_tool.layout import Layout, TargetFile, text_file, whole
 from ckpt_tool.storage import Reader
 
@@ -102,6 +103,7 @@ class Universal:
         layers = {layer.layer_path: layer for layer in checkpoint.moe_layers}
         left = shadowed_weights(checkpoint) + (optimizer_state(checkpoint) if options.weights_only else ())
         no_place = {one.label for one in left}
+        refuse_uneven_states(checkpoint, no_place, weights_only=options.weights_only)
         files: list[TargetFile] = []
         for tensor in checkpoint.tensors:
             if tensor.label() in no_place:
