@@ -12,6 +12,7 @@ from ckpt_tool.errors import CkptToolError, UnreadableError
 from ckpt_tool.families import adapters
 from ckpt_tool.formats.base import SourceFormat
 from ckpt_tool.formats.beside import beside_tags, is_engines, not_understood
+from ckpt_tool.formats.kinds import refuse_integers
 from ckpt_tool.formats.known import FORMATS
 from ckpt_tool.formats.strangers import refuse_strangers
 from ckpt_tool.limits import LONGEST_TAG
@@ -167,6 +168,7 @@ def open_checkpoint(place: Place) -> tuple[Reader, Checkpoint]:
                 with collecting.paused():
                     found = unwrapped_checkpoint(candidate.read(reader))
                 _refuse_unused(path, found)
+                refuse_integers(found)
                 notes = (*found.notes, *not_understood(reader, found), *_above(path, directory))
                 return reader, replace(found, notes=notes)
             except UnicodeEncodeError:  # a name that the locale cannot express
