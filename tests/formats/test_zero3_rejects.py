@@ -801,9 +801,16 @@ def test_order_of_ranks_that_one_of_two_configs_says(tag: Path) -> None:
     refused(tag, MismatchError, optim_file(0), "use_data_before_expert_parallelism")
 
 
-def test_order_of_ranks_that_both_configs_say_and_no_rank_has(tag: Path) -> None:
+@pytest.mark.parametrize("name", [model_file, optim_file], ids=["model", "optimizer"])
+def test_order_of_ranks_that_one_file_of_another_rank_says(name: Callable[[int], str], tag: Path) -> None:
     flag = {"use_data_before_expert_parallelism": True}
-    for name in (model_file(0), optim_file(0)):
+    edit(tag / name(2), lambda states: states["ds_config"].update(flag))
+    refused(tag, MismatchError, name(2), "use_data_before_expert_parallelism")
+
+
+def test_order_of_ranks_that_all_configs_say_and_no_rank_has(tag: Path) -> None:
+    flag = {"use_data_before_expert_parallelism": True}
+    for name in [*map(model_file, range(4)), *map(optim_file, range(4))]:
         edit(tag / name, lambda states: states["ds_config"].update(flag))
     refused(tag, MismatchError, model_file(1), "EP rank 1")
 

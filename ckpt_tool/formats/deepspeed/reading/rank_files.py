@@ -79,6 +79,10 @@ class SavedObjects:
     bf16: bool
 
 
+# Of each rank's ds_config: whether neighbouring ranks hold the same experts.
+DATA_FIRST = "use_data_before_expert_parallelism"
+
+
 @dataclass(slots=True)
 class RankFiles:
     """What the two files of one rank say. What ranks say alike is one object.

@@ -11,6 +11,7 @@ from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.affine import expert_map
 from ckpt_tool.formats.deepspeed.facts.partition import expert_holders
 from ckpt_tool.formats.deepspeed.reading.rank_files import (
+    DATA_FIRST,
     ENGINE_KEYS,
     LAYER_KEYS,
     FlatBuffer,
@@ -116,6 +117,9 @@ def _engine(archive: TorchArchive, rank: int, repeated: Repeated, shapes: Shapes
             engine[key] = _slim(value, repeated, shapes, archive.where)
         else:
             engine[key] = repeated.carried(archive, value)
+    config = archive.root.get("ds_config")
+    if isinstance(config, dict):
+        engine[DATA_FIRST] = bool(config.get(DATA_FIRST, False))
     return engine
 
 

@@ -10,7 +10,7 @@ from ckpt_tool.containers.pickle_records import Opaque, TensorRecord
 from ckpt_tool.containers.torch_zip import TorchArchive
 from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.scalars import scalar_state
-from ckpt_tool.formats.deepspeed.reading.rank_files import FlatBuffer, RankFiles
+from ckpt_tool.formats.deepspeed.reading.rank_files import DATA_FIRST, FlatBuffer, RankFiles
 from ckpt_tool.formats.deepspeed.reading.repeated import Repeated
 
 
@@ -31,8 +31,7 @@ def read_optimizer(archive: TorchArchive, files: RankFiles, repeated: Repeated) 
             f"{where} says ds_version={version!r}, {files.model_file} says {theirs!r}. The directory mixes "
             "files of different saves; copy this checkpoint again from its origin."
         )
-    if files.rank == 0:
-        _check_same_order(archive.root.get("ds_config"), files, where)
+    _check_same_order(archive.root.get("ds_config"), files, where)
     stage = zero.get("zero_stage")
     files.zero_stage = stage.args[0] if isinstance(stage, Opaque) else (3 if stage is None else stage)
     files.partition_groups = zero.get("ds_zero_partition_groups")
@@ -65,11 +64,10 @@ def read_optimizer(archive: TorchArchive, files: RankFiles, repeated: Repeated) 
 
 def _check_same_order(config: Any, files: RankFiles, where: str) -> None:
     """The engine writes one config into both files; of it the order of ranks decides who holds what."""
-    theirs = files.engine.get("ds_config")
-    if not isinstance(config, Mapping) or not isinstance(theirs, Mapping):
+    theirs = files.engine.get(DATA_FIRST)
+    if not isinstance(config, Mapping) or theirs is None:
         return
-    said = [bool(one.get("use_data_before_expert_parallelism", False)) for one in (config, theirs)]
-    if said[0] != said[1]:
+    if bool(config.get(DATA_FIRST, False)) != theirs:
         raise MismatchError(
             f"{where} and {files.model_file} disagree on use_data_before_expert_parallelism, which decides "
             "which experts a rank holds. They are not of the same save; copy this checkpoint again."

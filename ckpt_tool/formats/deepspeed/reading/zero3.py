@@ -39,7 +39,7 @@ from ckpt_tool.formats.deepspeed.facts.partition import (
 )
 from ckpt_tool.formats.deepspeed.reading.autoep import AutoEP
 from ckpt_tool.formats.deepspeed.reading.placement import Group, Placement
-from ckpt_tool.formats.deepspeed.reading.rank_files import RankFiles
+from ckpt_tool.formats.deepspeed.reading.rank_files import DATA_FIRST, RankFiles
 from ckpt_tool.formats.deepspeed.reading.rank_reading import file_names, read_ranks
 from ckpt_tool.geometry import Cut, CutRegions
 from ckpt_tool.storage import Reader
@@ -80,6 +80,13 @@ def _check_ranks_agree(reader: Reader, ranks: list[RankFiles]) -> None:
                     f"{where} says {key}={theirs!r}, {first.model_file} says {ours!r}. The directory "
                     "mixes files of different saves; copy this checkpoint again from its origin."
                 )
+        said = (files.engine.get(DATA_FIRST), first.engine.get(DATA_FIRST))
+        if None not in said and said[0] != said[1]:
+            raise MismatchError(
+                f"{where} says {DATA_FIRST}={said[0]}, {first.model_file} says {said[1]}; it decides which "
+                "experts a rank holds. The directory mixes files of different saves; copy this checkpoint "
+                "again from its origin."
+            )
         if files.zero_stage != 3:
             raise UnreadableError(
                 f"{reader.root}/{files.optim_file} is of ZeRO stage {files.zero_stage}; "
