@@ -678,11 +678,11 @@ def test_an_element_that_differs_in_transposed_matrices_is_named(
     (difference,) = api.verify(a, b, how=how).differences
     flat = (e * inner + c // 2) * width + h
     assert difference.name.endswith(f".{('gate', 'up')[c % 2]}.weight")
-    assert difference.message.endswith(f"(flat index {flat})")
+    assert f"(flat index {flat})" in difference.message
     api.convert(a, tmp_path / "dcp", to="dcp", world=2, how=how)
     assert api.verify(tmp_path / "dcp", a, config=a, how=how).passed
     (difference,) = api.verify(tmp_path / "dcp", b, config=a, how=how).differences
-    assert difference.message.endswith(f"(flat index {flat})")
+    assert f"(flat index {flat})" in difference.message
 
 
 # ---- layouts of one family each
