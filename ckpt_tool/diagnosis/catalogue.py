@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ckpt_tool.canonical import STEP, WEIGHT, Role
+from ckpt_tool.canonical import EXP_AVG, EXP_AVG_SQ, MASTER, STEP, WEIGHT, Role, TensorName
 from ckpt_tool.containers.pickle_records import Opaque
 from ckpt_tool.diagnosis.findings import Case, Finding, Severity, found
 from ckpt_tool.errors import MismatchError, UsageError
@@ -81,6 +81,38 @@ def optimizer_steps(case: Case) -> Iterator[Finding]:
         "save. A "
         "ZeRO-3 Universal load gives all parameters one and the same step.",
         "See whether these parameters were trained from the start.",
+    )
+
+
+def lost_states(case: Case) -> Iterable[Finding]:
+    """Optimizer state that some parameters of a group have and others do not; of Adam's, all parameters."""
+    states: dict[TensorName, set[str]] = {}
+    for tensor in case.checkpoint.tensors:
+        if tensor.role is Role.PARAMETER:
+            states.setdefault(tensor.name, set()).update({tensor.state} - {WEIGHT, MASTER})
+    for name, state in case.checkpoint.scalars:
+        if name in states:
+            states[name].add(state)
+    groups = [group.parameters for group in case.checkpoint.training.param_groups] or [tuple(states)]
+    adam = {EXP_AVG, EXP_AVG_SQ, STEP} & set().union(*states.values())
+    part = []
+    for group in groups:
+        members = [name for name in group if name in states]
+        most: set[str] = set().union(*(states[name] for name in members))
+        for name in members:
+            own = states[name]
+            lacking = (most | adam if own & {EXP_AVG, EXP_AVG_SQ} else most) - own
+            if lacking and own:
+                has, no = (", ".join(sorted(some)) for some in (own, lacking))
+                part.append(f"{name} (has {has}, no {no})")
+    return found(
+        "lost_state",
+        Severity.ERROR,
+        "Parameters lack a part of the optimizer state that others of their group have: {}.",
+        part,
+        "An optimizer writes all of a parameter's state at once: the rest was lost. The load fails, or the "
+        "optimizer begins anew for these parameters.",
+        "Take another copy or checkpoint, or resume with the weights alone.",
     )
 
 
@@ -260,10 +292,13 @@ def weights_without_optimizer(case: Case) -> Iterator[Finding]:
     if not case.moments:
         return
     lacking: dict[Severity, list[str]] = {Severity.WARNING: [], Severity.INFO: []}
+    masters = {tensor.name for tensor in case.checkpoint.tensors if tensor.state == MASTER}
     for tensor in case.checkpoint.tensors:
-        if tensor.state == WEIGHT and tensor.role is Role.PARAMETER and tensor.name not in case.moments:
-            expert = layer_of(tensor) is not None
-            lacking[Severity.WARNING if expert else Severity.INFO].append(str(tensor.name))
+        if tensor.role is not Role.PARAMETER or tensor.name in case.moments:
+            continue
+        if tensor.state == MASTER or (tensor.state == WEIGHT and tensor.name not in masters):
+            serious = tensor.state == MASTER or layer_of(tensor) is not None
+            lacking[Severity.WARNING if serious else Severity.INFO].append(str(tensor.name))
     for severity, names in lacking.items():
         yield from found(
             "no_optimizer_state",
@@ -279,6 +314,7 @@ def weights_without_optimizer(case: Case) -> Iterator[Finding]:
 
 CHECKS: tuple[Check, ...] = (
     optimizer_steps,
+    lost_states,
     group_options,
     experts_of_the_config,
     agrees_with_the_config,

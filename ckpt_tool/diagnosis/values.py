@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from ckpt_tool.canonical import EXP_AVG, EXP_AVG_SQ, MASTER, WEIGHT, DType, Role, TensorName
 from ckpt_tool.diagnosis.findings import Case, Finding, Severity, found
-from ckpt_tool.duplicates import Copies, copies_of
+from ckpt_tool.duplicates import copies_of
 from ckpt_tool.statistics import TensorStatistics, layer_of
 
 Check = Callable[[Case], Iterable[Finding]]
@@ -209,8 +209,9 @@ def _moments_lost(case: Case) -> Iterable[Finding]:
 
 def copied_experts(case: Case) -> Iterator[Finding]:
     overwritten, upcycled, others = [], [], []
+    constant = _constant_experts(case)
     for copies in copies_of(case.checkpoint, case.statistics):
-        if _constant(case, copies):
+        if constant[copies.layer_path].issuperset(copies.experts):
             continue  # said elsewhere
         text = case.experts(copies.layer_path, copies.experts)
         layer = case.layers.get(copies.layer_path)
@@ -250,13 +251,15 @@ def copied_experts(case: Case) -> Iterator[Finding]:
     )
 
 
-def _constant(case: Case, copies: Copies) -> bool:
-    stacks = [
-        one
-        for one in case.statistics.tensors.values()
-        if layer_of(one.tensor) == copies.layer_path and one.tensor.state in (WEIGHT, MASTER)
-    ]
-    return all(one.parts[expert].constant for one in stacks for expert in copies.experts)
+def _constant_experts(case: Case) -> dict[str, set[int]]:
+    """By layer the experts of which every matrix is one number throughout."""
+    found: dict[str, set[int]] = {}
+    for one in case.statistics.tensors.values():
+        path = layer_of(one.tensor)
+        if path is not None and one.tensor.state in (WEIGHT, MASTER):
+            own = {expert for expert, stats in enumerate(one.parts) if stats.constant}
+            found[path] = found[path] & own if path in found else own
+    return found
 
 
 def masters_round_to_weights(case: Case) -> Iterable[Finding]:

@@ -51,6 +51,21 @@ def test_one_sub_group_at_another_step(w4e4: Path) -> None:
     assert "model.layers.0.experts.*.gate.weight (1)" in found.subjects
 
 
+def test_a_moment_lost_by_all_ranks_alike(w4e4: Path) -> None:
+    for rank in range(4):
+        flats(w4e4 / optim(rank), lambda _, states: states[1].pop("exp_avg_sq"))
+    found = one(w4e4, "lost_state", W4E4)
+    assert any("(has exp_avg, step, no exp_avg_sq)" in subject for subject in found.subjects)
+
+
+def test_all_optimizer_state_of_a_sub_group_lost_by_all_ranks_alike(w4e4: Path) -> None:
+    for rank in range(4):
+        flats(w4e4 / optim(rank), lambda _, states: states.pop(1))
+    found = one(w4e4, "no_optimizer_state", W4E4)
+    assert found.severity is Severity.WARNING
+    assert "model.layers.0.experts.*.gate.weight" in found.subjects
+
+
 def replaced(value: Any, key: str, new: float) -> Any:
     """A structure with the number ``key`` set to another wherever it stands; classes stay as they are."""
     if isinstance(value, dict):
