@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 from ckpt_tool import collecting
-from ckpt_tool.canonical import Checkpoint
+from ckpt_tool.canonical import Checkpoint, ExpertName
 from ckpt_tool.errors import CkptToolError, UnreadableError
 from ckpt_tool.families import adapters
 from ckpt_tool.formats.base import SourceFormat
@@ -15,7 +15,7 @@ from ckpt_tool.formats.beside import beside_tags, is_engines, not_understood
 from ckpt_tool.formats.kinds import refuse_integers
 from ckpt_tool.formats.known import FORMATS
 from ckpt_tool.formats.strangers import refuse_strangers
-from ckpt_tool.limits import LONGEST_TAG
+from ckpt_tool.limits import LONGEST_NUMBER, LONGEST_TAG
 from ckpt_tool.storage import Location, Reader
 from ckpt_tool.stores.known import Place, open_location
 from ckpt_tool.system_errors import reading_failed
@@ -24,6 +24,7 @@ from ckpt_tool.wrappers import unwrapped_checkpoint
 # Files that name the subdirectory to take, in order of preference.
 TAG_FILES = ("latest", "latest_universal")
 _SHOWN = 5
+_LONG_NUMBER = re.compile(rf"(?:^|\.)[0-9]{{{LONGEST_NUMBER + 1}}}")
 
 
 def sources() -> list[SourceFormat]:
@@ -146,6 +147,19 @@ def _refuse_unused(path: Location, found: Checkpoint) -> None:
         )
 
 
+def _refuse_long_numbers(found: Checkpoint) -> None:
+    """Raises:
+    UnreadableError: a name counts layers or experts with more digits than Python turns into a number.
+    """
+    for tensor in found.tensors:
+        name = tensor.name.layer_path if isinstance(tensor.name, ExpertName) else tensor.name
+        if len(name) > LONGEST_NUMBER and _LONG_NUMBER.search(name):
+            raise UnreadableError(
+                f"{found.root}: the name {name[:60]}... has a number of more than {LONGEST_NUMBER} "
+                "digits. No model has such names; the file is damaged. Copy it again from its origin."
+            )
+
+
 def _above(path: Location, directory: Location) -> tuple[str, ...]:
     """What is to be said of the directory that a tag file lies in."""
     parent = path if path.is_directory() else path.parent
@@ -169,6 +183,7 @@ def open_checkpoint(place: Place) -> tuple[Reader, Checkpoint]:
                     found = unwrapped_checkpoint(candidate.read(reader))
                 _refuse_unused(path, found)
                 refuse_integers(found)
+                _refuse_long_numbers(found)
                 notes = (*found.notes, *not_understood(reader, found), *_above(path, directory))
                 return reader, replace(found, notes=notes)
             except UnicodeEncodeError:  # a name that the locale cannot express
