@@ -112,6 +112,8 @@ class Opened:
         return len(self.keys())
 
     def __contains__(self, key: object) -> bool:
+        if isinstance(key, tuple) and len(key) != 2:
+            return False
         try:
             self[key]  # type: ignore[index]
         except KeyError:
@@ -128,6 +130,8 @@ class Opened:
         Raises:
             KeyError: there is none of this name and state; the message has names like it.
         """
+        if isinstance(key, tuple) and len(key) != 2:
+            raise KeyError(f"{key!r} is no name, nor a name and a state")
         name, state = key if isinstance(key, tuple) else (key, VALUES)
         name = str(name)
         place = self._names(state).get(name)

@@ -151,6 +151,8 @@ def _taken(index: tuple[_Index, ...], shape: tuple[int, ...]) -> _Taken:
             axes.append(Axis(dim, start, length, step))
             left.append(dim)
             continue
+        if isinstance(one, bool):
+            raise IndexError(f"{one!r} is no index: a mask is applied once the values are read")
         number = operator.index(one)  # type: ignore[arg-type]
         if not -size <= number < size:
             raise IndexError(f"index {number} is out of range for dimension {dim} of size {size}")

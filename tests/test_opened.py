@@ -64,7 +64,7 @@ def test_slices_are_numpys(name: str) -> None:
                 assert raw(view[..., 1:2][0].torch()) == raw(value[..., 1:2][0].contiguous())
 
 
-@pytest.mark.parametrize("index", [(0, 0, 0, 0), 99, -99, slice(None, None, -1), (..., ...)])
+@pytest.mark.parametrize("index", [(0, 0, 0, 0), 99, -99, True, slice(None, None, -1), (..., ...)])
 def test_what_is_no_index_is_an_index_error(index: object, checkpoint: opened.Opened) -> None:
     with pytest.raises(IndexError):
         checkpoint["model.layers.0.mlp.experts.w1"][index]  # type: ignore[index]
@@ -162,6 +162,13 @@ def test_without_a_config_names_are_the_checkpoints_own(tmp_path: Path) -> None:
         (("model.norm.weight", "exp_avgs"), "exp_avg_sq"),
     ],
 )
+def test_a_key_of_three_parts_is_no_name(checkpoint: opened.Opened) -> None:
+    key: object = ("model.norm.weight", "master", "more")
+    assert key not in checkpoint
+    with pytest.raises(KeyError, match="a name and a state"):
+        checkpoint[key]  # type: ignore[index]
+
+
 def test_an_unknown_name_is_a_key_error_with_names_like_it(
     key: str | tuple[str, str], words: str, checkpoint: opened.Opened
 ) -> None:
