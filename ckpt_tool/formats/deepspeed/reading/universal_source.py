@@ -246,6 +246,7 @@ class _Parameter:
         self.tensors: list[Tensor] = []
         self.scalars: dict[str, Scalar] = {}
         self.sources: list[SourceFile] = []
+        self._flags: dict[str, object] = {}
         files = [file for file in reader.list(f"zero/{name}") if file.endswith(".pt")]
         if "fp32.pt" not in files:
             raise UnreadableError(
@@ -271,6 +272,8 @@ class _Parameter:
             raise UnreadableError(
                 f"{archive.where} holds no tensor: it is not a file of a Universal checkpoint."
             )
+        # The engine's loader goes by this flag of each file (checkpoint/universal_checkpoint.py, 0.19.8).
+        self._flags[state] = entry.get("is_expert_param", False)
         tensor = replace(archive.tensor(self.name, state, record), name=self.key)
         if self._shape is not None and not self._is_expert and len(tensor.shape) == 1:
             if math.prod(self._shape) != tensor.numel:
@@ -293,6 +296,14 @@ class _Parameter:
 
     def _check(self) -> None:
         first = self.tensors[0]
+        said = self._flags["fp32"]
+        for state, flag in self._flags.items():
+            if flag is not said or (flag and not self._is_expert):
+                raise UnreadableError(
+                    f"{self._where}/{state}.pt has is_expert_param {flag!r}, "
+                    + (f"fp32.pt {said!r}" if flag is not said else "and this is no parameter of experts")
+                    + ": the loader would cut them differently. Convert the original checkpoint again."
+                )
         if first.state == WEIGHT and first.role is Role.PARAMETER and len(self.tensors) > 1:
             raise UnreadableError(
                 f"{self._where}/fp32.pt is {first.dtype}, beside optimizer states: it is no master copy, "
