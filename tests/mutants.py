@@ -370,7 +370,7 @@ MUTANTS = (
     Mutant(
         "a staging directory of another command is gone on with",
         "ckpt_tool/commit.py",
-        "        if found.whole and found.identity != json.loads(json.dumps(self._identity)):\n",
+        "        if found.whole and found.identity != own:\n",
         "        if found.whole and not isinstance(found.identity, dict):\n",
         ("tests/test_commit.py::test_another_command_refuses_the_staging_of_a_killed_run",),
     ),
