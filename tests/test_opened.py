@@ -155,13 +155,6 @@ def test_without_a_config_names_are_the_checkpoints_own(tmp_path: Path) -> None:
             found.state_dict()
 
 
-@pytest.mark.parametrize(
-    ("key", "words"),
-    [
-        ("model.norm.weigt", "model.norm.weight"),
-        (("model.norm.weight", "exp_avgs"), "exp_avg_sq"),
-    ],
-)
 def test_a_key_of_three_parts_is_no_name(checkpoint: opened.Opened) -> None:
     key: object = ("model.norm.weight", "master", "more")
     assert key not in checkpoint
@@ -169,6 +162,13 @@ def test_a_key_of_three_parts_is_no_name(checkpoint: opened.Opened) -> None:
         checkpoint[key]  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("model.norm.weigt", "model.norm.weight"),
+        (("model.norm.weight", "exp_avgs"), "exp_avg_sq"),
+    ],
+)
 def test_an_unknown_name_is_a_key_error_with_names_like_it(
     key: str | tuple[str, str], words: str, checkpoint: opened.Opened
 ) -> None:
