@@ -20,7 +20,13 @@ from ckpt_tool.families import text_config
 
 # Models that transformers has no class for, and the one that runs them: the names and shapes are its own.
 # Kimi-K2's config.json names DeepseekV3ForCausalLM under ``architectures``.
-RUN_AS: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
+_RUN_AS: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
+
+
+def runs_as(config: Mapping[str, Any]) -> str | None:
+    """The model type whose class runs this config's model, where that is another one."""
+    own = config.get("model_type")
+    return _RUN_AS.get(own) if isinstance(own, str) else None
 
 
 class Names(NamedTuple):
@@ -78,8 +84,7 @@ class Expected:
 
 def expected_of(config: Mapping[str, Any]) -> Expected | None:
     """What a ``config.json`` describes; None where the table does not have it."""
-    own, text = config.get("model_type"), text_config(config).get("model_type")
-    own = RUN_AS.get(own, own) if isinstance(own, str) else own
+    own, text = runs_as(config) or config.get("model_type"), text_config(config).get("model_type")
     known = _table()
     return next(
         (known[key] for key in (f"{own}/{text}", own) if isinstance(key, str) and key in known), None

@@ -38,7 +38,8 @@ def without_mtp(published: Checkpoint, family: Family, config: Mapping[str, Any]
     gone = [tensor for tensor in published.tensors if apart.holds(tensor.name)]
     if not gone:
         return WithoutMtp(published, ())
-    kept = published.select(tensor for tensor in published.tensors if not apart.holds(tensor.name))
+    names = {tensor.name for tensor in gone}
+    kept = published.select(tensor for tensor in published.tensors if tensor.name not in names)
     weights = sum(tensor.state == WEIGHT for tensor in gone)
     note = (
         f"{weights} weights of layers for multi-token prediction are left out: transformers' model of this "
@@ -83,7 +84,7 @@ class _Apart:
         if MTP_PATH.fullmatch(path):
             return True
         match = _LAYER.fullmatch(path)
-        if match is None or self._first is None or len(match[1]) > 9:
+        if match is None or self._first is None:
             return False
         return self._first <= int(match[1]) < self._first + self._more
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 import ckpt_tool
 from ckpt_tool.errors import UnreadableError
 from tests.conftest import checkpoint_of, copy_fixture
+from tests.diagnosis.tools import edit, flats
 from tests.formats.dcp_tools import CHECKPOINTS
-
-
-def edit(path: Path, change: Callable[[Any], Any]) -> None:
-    content = torch.load(path, weights_only=False)
-    change(content)
-    torch.save(content, path)
 
 
 def refused(path: Path, *words: str) -> None:
@@ -35,25 +29,17 @@ def refused(path: Path, *words: str) -> None:
 
 def test_masters_of_zero_3(tmp_path: Path) -> None:
     tag = copy_fixture("mixtral_w2e1", tmp_path)
-
-    def change(root: Any) -> None:
-        flats = root["optimizer_state_dict"]["fp32_flat_groups"]
-        flats[0] = flats[0].detach().view(torch.int32)
-
     for path in tag.glob("*optim_states.pt"):
-        edit(path, change)
+        flats(path, lambda masters, _: masters.__setitem__(0, masters[0].detach().view(torch.int32)))
     refused(tag, "[master]", "int32")
 
 
 def test_a_moment_of_zero_3(tmp_path: Path) -> None:
     tag = copy_fixture("mixtral_w2e1", tmp_path)
-
-    def change(root: Any) -> None:
-        state = root["optimizer_state_dict"]["optimizer_state_dict"]["state"]
-        state[1]["exp_avg_sq"] = state[1]["exp_avg_sq"].view(torch.uint32)
-
     for path in tag.glob("*optim_states.pt"):
-        edit(path, change)
+        flats(
+            path, lambda _, states: states[1].update(exp_avg_sq=states[1]["exp_avg_sq"].view(torch.uint32))
+        )
     refused(tag, "[exp_avg_sq]", "uint32")
 
 

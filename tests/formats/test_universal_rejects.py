@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ckpt_tool import api
 from ckpt_tool.errors import UnreadableError
 from tests.conftest import checkpoint_of
+from tests.diagnosis.tools import edit
 
 EXPERTS, DENSE = "model.layers.0.mlp.experts.w1", "model.norm.weight"
 
@@ -36,12 +36,13 @@ def test_the_flag_of_experts_in_one_file(
     parameter: str, state: str, flag: bool | None, made: Path, tmp_path: Path
 ) -> None:
     tag = Path(shutil.copytree(made, tmp_path / made.name))
-    path = tag / "zero" / parameter / f"{state}.pt"
-    content: dict[str, Any] = torch.load(path, weights_only=False)
-    content.pop("is_expert_param", None)
-    if flag is not None:
-        content["is_expert_param"] = flag
-    torch.save(content, path)
+
+    def change(content: dict[str, Any]) -> None:
+        content.pop("is_expert_param", None)
+        if flag is not None:
+            content["is_expert_param"] = flag
+
+    edit(tag / "zero" / parameter / f"{state}.pt", change)
     with pytest.raises(UnreadableError, match="is_expert_param"):
         api.open(tag)
 

@@ -13,7 +13,7 @@ from ckpt_tool.errors import MismatchError, UnreadableError
 from ckpt_tool.formats.deepspeed.facts.names import PROJECTION_OF
 from ckpt_tool.formats.deepspeed.facts.partition import expert_holders
 from ckpt_tool.formats.deepspeed.facts.topology import Ranks
-from ckpt_tool.formats.deepspeed.reading.rank_files import RankFiles
+from ckpt_tool.formats.deepspeed.reading.rank_files import DATA_FIRST, RankFiles
 
 Entry = Mapping[str, Any]
 
@@ -136,8 +136,7 @@ class AutoEP:
 
     def _check_place(self, files: RankFiles, world: int) -> None:
         """Each layer's EP rank is the one that the file's rank has in that topology."""
-        config = self._first.engine.get("ds_config") or {}
-        data_first = bool(config.get("use_data_before_expert_parallelism", False))
+        data_first = bool(self._first.engine.get(DATA_FIRST))
         for prefix, entry in self.entries[files.rank].items():
             ep_size = entry["ep_size"]
             if world % ep_size:

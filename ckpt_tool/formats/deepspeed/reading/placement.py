@@ -197,14 +197,8 @@ class Placement:
                     f"{one}: the ranks place parameters in different orders. They are not of the same "
                     "save; copy the checkpoint again."
                 )
-            if self._ranks[rank].shapes == self._first.shapes:
-                continue
-            sizes = [
-                [tuple(name for name, _ in group) for group in files.shapes]
-                for files in (self._ranks[rank], self._first)
-            ]
-            counts = [[len(names) for names in groups] for groups in sizes]
-            if sorted(theirs) == sorted(ours) and self._same_share(rank) and counts[0] != counts[1]:
+            counts = [[len(group) for group in files.shapes] for files in (self._ranks[rank], self._first)]
+            if counts[0] != counts[1] and self._same_share(rank):
                 raise MismatchError(
                     f"{self._where(self._ranks[rank])} has {counts[0]} parameters in its sub-groups, "
                     f"{self._first.model_file} has {counts[1]}, of the same sizes. They are not of the "

@@ -31,7 +31,7 @@ def read_optimizer(archive: TorchArchive, files: RankFiles, repeated: Repeated) 
             f"{where} says ds_version={version!r}, {files.model_file} says {theirs!r}. The directory mixes "
             "files of different saves; copy this checkpoint again from its origin."
         )
-    _check_same_order(archive.root.get("ds_config"), files, where)
+    _check_data_first(archive.root.get("ds_config"), files, where)
     stage = zero.get("zero_stage")
     files.zero_stage = stage.args[0] if isinstance(stage, Opaque) else (3 if stage is None else stage)
     files.partition_groups = zero.get("ds_zero_partition_groups")
@@ -62,7 +62,7 @@ def read_optimizer(archive: TorchArchive, files: RankFiles, repeated: Repeated) 
     files.scalars = repeated.one(tuple(tuple(group.items()) for group in scalars), scalars)
 
 
-def _check_same_order(config: Any, files: RankFiles, where: str) -> None:
+def _check_data_first(config: Any, files: RankFiles, where: str) -> None:
     """The engine writes one config into both files; of it the order of ranks decides who holds what."""
     theirs = files.engine.get(DATA_FIRST)
     if not isinstance(config, Mapping) or theirs is None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from ckpt_tool.canonical import ExpertName, MoELayer, TensorName
 from ckpt_tool.containers.torch_zip import Constant
+from ckpt_tool.formats.deepspeed.facts.affine import expert_map
 from ckpt_tool.formats.deepspeed.facts.names import PROJECTION_OF
 from ckpt_tool.formats.deepspeed.facts.topology import Ranks
-from ckpt_tool.geometry import row_major
 
 _FIXED = frozenset({"moe_layer_id", "module_path", "num_experts", "expert_key_prefix"})
 
@@ -83,8 +83,8 @@ def _of_all_ranks(
             {
                 "version": 1,
                 "params": {
-                    f"{prefix}.{weight}": _affine_map(
-                        shapes[ExpertName(layer.layer_path, PROJECTION_OF[weight])], local, ranks.ep
+                    f"{prefix}.{weight}": expert_map(
+                        held, shapes[ExpertName(layer.layer_path, PROJECTION_OF[weight])]
                     )
                     for weight in ("w1", "w2", "w3")
                 },
@@ -103,26 +103,3 @@ def _of_all_ranks(
     if entry is None:
         return new
     return {key: value if key in _FIXED else new.get(key, value) for key, value in entry.items()}
-
-
-def _affine_map(shape: tuple[int, ...], local: int, ep: int) -> dict[str, Any]:
-    """One parameter's map (checkpoint/autoep_affine.py): EP rank r holds one contiguous piece."""
-    strides = list(row_major(shape, 1))
-    shard = [local, *shape[1:]]
-    return {
-        "logical_shape": list(shape),
-        "ranks": {
-            rank: {
-                "shard_shape": shard,
-                "pieces": [
-                    {
-                        "shape": shard,
-                        "source": [rank * local * strides[0], strides],
-                        "dest": [0, strides],
-                        "locations": [rank],
-                    }
-                ],
-            }
-            for rank in range(ep)
-        },
-    }

@@ -17,7 +17,7 @@ from ckpt_tool.canonical import Checkpoint, ExpertName, Role, TensorName
 from ckpt_tool.errors import MismatchError
 from ckpt_tool.families import Family, family_of
 from ckpt_tool.families.autoep import name_in_run
-from ckpt_tool.families.expected import RUN_AS
+from ckpt_tool.families.expected import runs_as
 from ckpt_tool.families.forms import compiled
 from ckpt_tool.formats.deepspeed.writing.module_tree import state_dict_names
 from ckpt_tool.formats.deepspeed.writing.new_groups import new_groups
@@ -82,12 +82,11 @@ def with_module_order(
 
 
 def _run_as(config: Mapping[str, Any]) -> Iterable[str]:
-    model = config.get("model_type")
-    other = RUN_AS.get(model) if isinstance(model, str) else None
+    other = runs_as(config)
     if other is not None:
         yield (
-            f"transformers has no class for {model}; {other} runs it. Load the model with model_type "
-            f'"{other}" in its config.json.'
+            f"transformers has no class for {config['model_type']}; {other} runs it. Load the model with "
+            f'model_type "{other}" in its config.json.'
         )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_tool.errors import UsageError
-from ckpt_tool.families.expected import RUN_AS
+from ckpt_tool.families.expected import runs_as
 from ckpt_tool.formats.hf.quantised import QUANTISATION_KEYS
 
 
@@ -25,8 +25,9 @@ def state_dict_names(config: Mapping[str, Any]) -> tuple[list[str], set[str]]:
     Raises:
         UsageError: transformers is not installed, or cannot build the model of this config.
     """
-    model = str(config.get("model_type"))
-    config = {**config, "model_type": RUN_AS.get(model, model)}
+    other = runs_as(config)
+    if other is not None:
+        config = {**config, "model_type": other}
     child = subprocess.run(
         [sys.executable, "-m", __name__],
         input=json.dumps(dict(config)),

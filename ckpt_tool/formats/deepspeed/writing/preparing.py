@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ckpt_tool.canonical import Checkpoint
 from ckpt_tool.errors import UsageError
@@ -25,8 +23,8 @@ def prepare_universal(request: Request) -> Prepared[UniversalOptions]:
     """The source under a run's names. A Universal checkpoint needs no order of parameters."""
     weights_only = request.values["weights_only"]
     source = _described(request, weights_only=weights_only)
-    checkpoint = _under_module_names(source.checkpoint, source.config, None)
-    checkpoint = as_saved(checkpoint, checkpoint.saved_names)
+    source = _under_module_names(source, None)
+    checkpoint = as_saved(source.checkpoint, source.checkpoint.saved_names)
     options = UniversalOptions(request.dtype, request.values["keep_groups"], weights_only)
     return Prepared(checkpoint, options, source.config, source.left_out)
 
@@ -38,8 +36,8 @@ def prepare_zero(request: Request) -> Prepared[ZeroOptions]:
     source = _described(request, weights_only=values["weights_only"])
     given = values["ds_config"]
     run_config = read_ds_config(Path(given), request.to) if given is not None else None
-    source = _as_trained(source, like)
-    checkpoint = _under_module_names(source.checkpoint, source.config, like)
+    source = _under_module_names(source, like, trained=True)
+    checkpoint = source.checkpoint
     if like is None and not checkpoint.module_names:
         checkpoint = with_module_order(checkpoint, source.config or {}, run_config or {}, values["ep"] or 1)
     saved = checkpoint.saved_names if like is None else like.saved_names
@@ -66,18 +64,21 @@ def _is_own(checkpoint: Checkpoint) -> bool:
     return checkpoint.format.startswith("deepspeed-")
 
 
-def _under_module_names(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None, like: Checkpoint | None
-) -> Checkpoint:
+def _under_module_names(source: Described, like: Checkpoint | None, *, trained: bool = False) -> Described:
     """A source of another engine under the names its parameters have in a DeepSpeed run.
 
     That is AutoEP's module tree, unless a template shows that the run trains transformers' own.
 
+    Args:
+        trained: leave out layers for multi-token prediction, which no run trains, unless the template has
+            them.
+
     Raises:
         UsageError: the source does not say which model it is, and no config was given.
     """
+    checkpoint, config, left_out = source
     if _is_own(checkpoint) or (like is not None and like.dialect == checkpoint.dialect):
-        return checkpoint
+        return source
     if config is None:
         raise UsageError(
             f"{checkpoint.root} is {checkpoint.format}, whose tensors have other names than a DeepSpeed "
@@ -85,18 +86,9 @@ def _under_module_names(
         )
     family = family_of(config)
     published = to_hub(checkpoint, family, config)
+    if trained and not (like is not None and has_mtp(like, family, config)):
+        published, gone = without_mtp(published, family, config)
+        left_out = (*left_out, *gone)
     check_config(published, family, config)
     refuse_composite(published, config)
-    return to_autoep(published, family)
-
-
-def _as_trained(source: Described, like: Checkpoint | None) -> Described:
-    """A published model without the layers that the run's model does not have; a template may have them."""
-    checkpoint, config = source.checkpoint, source.config
-    if _is_own(checkpoint) or config is None or (like is not None and like.dialect == checkpoint.dialect):
-        return source
-    family = family_of(config)
-    if like is not None and has_mtp(like, family, config):
-        return source
-    checkpoint, gone = without_mtp(to_hub(checkpoint, family, config), family, config)
-    return Described(checkpoint, config, (*source.left_out, *gone)) if gone else source
+    return Described(to_autoep(published, family), config, left_out)
